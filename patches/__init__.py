@@ -1,0 +1,27 @@
+"""Every seam: one small file each, TRL's source is the target. The installer lists them when it runs."""
+
+from __future__ import annotations
+
+from patchfastrl.seam import Seam
+
+from . import (
+    colocate_mode,
+    config_field,
+    configure_trainer,
+    load_policy,
+    lora_request,
+    publish_adapter,
+    sampling_overrides,
+    shared_engine,
+)
+
+SEAMS: tuple[Seam, ...] = (
+    *configure_trainer.SEAMS,
+    *load_policy.SEAMS,
+    *colocate_mode.SEAMS,
+    *sampling_overrides.SEAMS,
+    *config_field.SEAMS,
+    *shared_engine.SEAMS,
+    *publish_adapter.SEAMS,
+    *lora_request.SEAMS,
+)

@@ -1,0 +1,70 @@
+"""The configurations take `vllm_sampling_params`."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from patchfastrl.rewrite import Rewrite, reads, statement
+from patchfastrl.seam import Seam
+
+SPACE = cst.SimpleWhitespace(" ")
+FIELD = "vllm_sampling_params"
+# Keyword-only, so that it moves no positional argument of the configurations or of a script's own subclasses.
+DECLARATION = f"""{FIELD}: dict | str | None = field(
+    default=None,
+    kw_only=True,
+    metadata={{"help": "Sampling parameters for vLLM, on top of `generation_kwargs`; see `vLLMSamplingParams`."}},
+)"""
+
+
+class SamplingParamsField(Rewrite):
+    """The field follows ``vllm_structured_outputs_regex``."""
+
+    def leave_SimpleStatementLine(
+        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
+    ) -> cst.SimpleStatementLine | cst.FlattenSentinel[cst.BaseStatement]:
+        neighbour = original_node.body[0]
+        if not isinstance(neighbour, cst.AnnAssign) or not reads(neighbour.target, "vllm_structured_outputs_regex"):
+            return updated_node
+        self.found += 1
+        return cst.FlattenSentinel([updated_node, statement(DECLARATION)])
+
+
+class SamplingParamsFromText(Rewrite):
+    """``_VALID_DICT_FIELDS`` lists the field: on a command line its value is JSON."""
+
+    def leave_Assign(self, original_node: cst.Assign, updated_node: cst.Assign) -> cst.Assign:
+        # _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", ...]
+        value = updated_node.value
+        if not reads(original_node.targets[0].target, "_VALID_DICT_FIELDS"):
+            return updated_node
+        if not isinstance(value, cst.BinaryOperation) or not isinstance(value.operator, cst.Add):
+            return updated_node
+        names = value.right
+        if not isinstance(names, cst.List) or not names.elements:
+            return updated_node
+        self.found += 1
+        first = names.elements[0]
+        layout = names.lbracket.whitespace_after
+        comma = cst.Comma(whitespace_after=layout if isinstance(layout, cst.ParenthesizedWhitespace) else SPACE)
+        own = first.with_changes(value=cst.SimpleString(f'"{FIELD}"'), comma=comma)
+        return updated_node.with_deep_changes(names, elements=[own, *names.elements])
+
+
+SEAMS = tuple(
+    Seam(
+        name=f"{trainer.lower()}.{name}",
+        target=f"trl.trainer.{trainer.lower()}_config:{trainer}Config.{attribute}",
+        requires="trl>=1.10,<1.17",
+        count=1,
+        reason="scripts set vllm_sampling_params=vLLMSamplingParams(...) on the configuration",
+        link=f"https://github.com/huggingface/trl/blob/main/trl/trainer/{trainer.lower()}_config.py",
+        until="TRL's configurations take a SamplingParams",
+        rewrite=rewrite,
+    )
+    for trainer in ("GRPO", "RLOO")
+    for name, attribute, rewrite in (
+        ("config_field", "vllm_structured_outputs_regex", SamplingParamsField),
+        ("config_json", "_VALID_DICT_FIELDS", SamplingParamsFromText),
+    )
+)

@@ -1,0 +1,386 @@
+"""The adapter in training, served from the engine's LoRA slot: device to device, no file, no merge.
+
+The slot is one row of vLLM's stacked LoRA tensors. Which rows belong to which of the trainer's modules follows from the
+plan of the shared weights: `q_proj.weight` is rows 0 to n of `qkv_proj.weight`, so `q_proj`'s `lora_B` goes to the
+slices that make up these rows. `publish` copies the live tensors in when they differ from what the slot holds;
+`check` compares the two again right before a batch, so that a missing, partial or stale adapter cannot be sampled
+from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import AdapterError, UnsupportedError
+from .sharing import Plan
+
+# vLLM's ids are the caller's choice. One that nobody else would pick: a request with our id would be served our slot.
+ADAPTER_ID = 0x5EED_F00D & 0x7FFF_FFFF
+ADAPTER_PATH = "patchfastrl:in-memory"  # never read: vLLM fails loudly if it ever tries to load the adapter itself
+
+_publishing = True
+
+
+@contextlib.contextmanager
+def publishing_disabled() -> Iterator[None]:
+    """For controls in tests and demos only: nothing is published and nothing checks that the slot is current."""
+    global _publishing
+    _publishing, before = False, _publishing
+    try:
+        yield
+    finally:
+        _publishing = before
+
+
+# What can be served -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One trained LoRA module: `base(x) + scaling * B(A(x))`.
+
+    Attributes:
+        module: name of the adapted module in the base model.
+        layer: PEFT's layer there. name: the adapter's name in it.
+        a: lora_A, shape (rank, in_features). b: lora_B, shape (out_features, rank). Live parameters.
+    """
+
+    module: str
+    layer: Any
+    name: str
+    a: nn.Parameter
+    b: nn.Parameter
+
+    @property
+    def scaling(self) -> float:
+        """Read live: PEFT rescales adapters in place (`set_scale`, `rescale_adapter_scale`)."""
+        return self.layer.scaling[self.name]
+
+    @property
+    def replaced(self) -> bool:
+        """Whether PEFT has put other parameters in (`delete_adapter` and `add_adapter` under the same name)."""
+        a, b = self.layer.lora_A, self.layer.lora_B
+        return self.name not in a or a[self.name].weight is not self.a or b[self.name].weight is not self.b
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that the model is trained with; None for a model without adapters or with them disabled.
+
+    Raises:
+        UnsupportedError: several adapters are active, or they are not PEFT's `PeftModel`'s.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+            raise UnsupportedError(
+                f"This {type(model).__name__} has adapters inside (model.add_adapter, or a mixed model), which "
+                "the engine "
+                "would not see. Wrap the model with peft.get_peft_model(model, config), or give the trainer a "
+                "peft_config."
+            )
+        return None
+    if any(m.disable_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        return None
+    names = model.active_adapters
+    if len(names) != 1:
+        raise UnsupportedError(
+            f"{len(names)} adapters are active ({', '.join(names)}); the engine serves one. "
+            "Choose it with model.set_adapter(name)."
+        )
+    return names[0]
+
+
+_VARIANTS = ("use_bdlora", "kasa_config", "velora_config", "monteclora_config")
+
+
+def refuse_unservable(peft_config: Any) -> None:
+    """Refuse, by name and from the configuration alone, what vLLM's LoRA layers cannot compute.
+
+    Raises:
+        UnsupportedError: names the setting and the alternative.
+    """
+    from peft import LoraConfig, PeftType
+
+    stock = "or leave PatchFastRL() out and train with stock TRL"
+    if not isinstance(peft_config, LoraConfig) or peft_config.peft_type != PeftType.LORA:  # AdaLoRA's is a subclass
+        raise UnsupportedError(
+            f"{type(peft_config).__name__} ({peft_config.peft_type}) is not LoRA, the only adapter that vLLM "
+            "serves. Use a "
+            f"LoraConfig, {stock}."
+        )
+    parameters = getattr(peft_config, "target_parameters", None) or ()
+    refused = {
+        "use_dora=True": getattr(peft_config, "use_dora", False),
+        f"bias={peft_config.bias!r}": peft_config.bias != "none",
+        "lora_bias=True": getattr(peft_config, "lora_bias", False),
+        f"modules_to_save={peft_config.modules_to_save!r}": peft_config.modules_to_save,
+        # With transformers 5 PEFT turns target_modules that name a mixture's experts or router into these.
+        f"target_parameters={sorted(parameters)!r}": parameters,
+        "trainable_token_indices": getattr(peft_config, "trainable_token_indices", None),
+        "layer_replication": getattr(peft_config, "layer_replication", None),
+        "alora_invocation_tokens": getattr(peft_config, "alora_invocation_tokens", None),
+        "arrow_config": getattr(peft_config, "arrow_config", None),
+        "use_qalora=True": getattr(peft_config, "use_qalora", False),
+        **{name: getattr(peft_config, name, None) for name in _VARIANTS},
+    }
+    found = [name for name, value in refused.items() if value]
+    if found:
+        raise UnsupportedError(
+            f"LoraConfig({', '.join(found)}): vLLM serves plain LoRA matrices only, so the engine would sample "
+            "from another "
+            f"policy than the one in training. Drop it, {stock}."
+        )
+
+
+def adapters_of(model: nn.Module, name: str) -> list[Adapter]:
+    """The LoRA modules of adapter `name`.
+
+    Raises:
+        UnsupportedError: something is trained, or adapted, that the slot cannot hold.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    assert isinstance(model, PeftModel)
+    refuse_unservable(model.peft_config[name])
+    found, served = [], set()
+    for path, module in model.get_base_model().named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if module.merged:
+            raise UnsupportedError(f"The adapter is merged into {path}. Call model.unmerge_adapter() first.")
+        if name not in getattr(module, "lora_A", {}):
+            if name in getattr(module, "lora_embedding_A", {}):
+                raise UnsupportedError(
+                    f"The adapter targets the embedding {path}, which the engine's slot cannot hold. Take it out of "
+                    "target_modules."
+                )
+            continue
+        if type(module) is not Linear or getattr(module, "lora_variant", {}).get(name):
+            variant = getattr(module, "lora_variant", {}).get(name)
+            kind = type(module).__name__ if variant is None else type(variant).__name__
+            raise UnsupportedError(f"{path} is adapted by PEFT's {kind}, which the engine's slot cannot hold.")
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        found.append(Adapter(path, module, name, a, b))
+        served |= {id(a), id(b)}
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in served]
+    if trained:
+        raise UnsupportedError(
+            f"{', '.join(trained[:4])}{' and more' if len(trained) > 4 else ''} would be trained beside adapter "
+            f"{name!r}. "
+            "Train the adapter alone (requires_grad=False for the rest), or the whole model without an adapter."
+        )
+    if not found:
+        raise UnsupportedError(f"Adapter {name!r} has no LoRA module: nothing would be trained.")
+    return found
+
+
+def slot_rank(model: nn.Module) -> int:
+    """The largest rank of any adapter of `model`."""
+    from peft.tuners.lora import LoraLayer
+
+    return max((r for m in model.modules() if isinstance(m, LoraLayer) for r in m.r.values()), default=1)
+
+
+# The slot -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one slice of an adapter lives: engine module, slice number, rows of `lora_B`."""
+
+    adapter: Adapter
+    layer: Any
+    slice: int
+    rows: tuple[int, int]
+
+
+class Slot:
+    """The engine's one LoRA slot.
+
+    Args:
+        lora_manager: vLLM's worker-side manager (`model_runner.lora_manager`).
+        model: PEFT model in training.
+        plan: where the base weights lie.
+    """
+
+    def __init__(self, lora_manager: Any, model: nn.Module, plan: Plan) -> None:
+        self._manager = lora_manager._adapter_manager
+        self._model = model
+        self._plan = plan
+        self._adapter: str | None = None
+        self._places: list[_Place] = []
+        self.version = 0
+
+    # Layout ---------------------------------------------------------------------------------------------------------
+
+    def _locate(self, adapter: Adapter) -> list[_Place]:
+        if f"{adapter.module}.weight" not in self._plan.views:
+            raise UnsupportedError(
+                f"{adapter.module} is tied to another weight, so an adapter on it cannot be served. Take it out of "
+                "target_modules."
+            )
+        destination, view = self._plan.views[f"{adapter.module}.weight"]
+        path = destination.removesuffix(".weight")
+        layer = self._manager.modules.get(path)
+        if layer is None or not hasattr(layer, "lora_b_stacked") or layer.lora_b_stacked[0].dim() != 4:
+            raise UnsupportedError(
+                f"vLLM cannot serve an adapter on {adapter.module} (its {path} takes none). Take it out of "
+                "target_modules."
+            )
+        out_features, in_features = view.size
+        rank, limit = adapter.a.shape[0], layer.lora_a_stacked[0].shape[2]
+        if rank > limit:
+            raise UnsupportedError(
+                f"{adapter.module} has rank {rank}, the engine's slot holds {limit}. Build the engine with "
+                f"max_lora_rank={rank} or more."
+            )
+        if view.stride != (in_features, 1) or view.offset % in_features:
+            raise UnsupportedError(f"The engine holds {adapter.module} transposed; an adapter on it cannot be served.")
+        first, last = view.offset // in_features, view.offset // in_features + out_features
+        places, start = [], 0
+        for number, stacked in enumerate(layer.lora_b_stacked):
+            end = start + stacked.shape[2]
+            if first <= start and end <= last:
+                places.append(_Place(adapter, layer, number, (start - first, end - first)))
+            elif start < last and first < end:
+                raise UnsupportedError(f"The engine's slices of {path} cut through {adapter.module}.")
+            start = end
+        if sum(p.rows[1] - p.rows[0] for p in places) != out_features:
+            raise UnsupportedError(f"The engine's slot for {path} does not cover all of {adapter.module}.")
+        return places
+
+    def _layout(self) -> bool:
+        """Find the places of the active adapter. Returns whether they are new."""
+        name = active_adapter(self._model)
+        if name is None:
+            raise AdapterError("The model's adapters are disabled: there is no adapter to publish.")
+        if name == self._adapter and not any(p.adapter.replaced for p in self._places):
+            return False
+        self._places = [p for a in adapters_of(self._model, name) for p in self._locate(a)]
+        self._adapter = name
+        return True
+
+    def _held(self, index: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Views of the slot's memory, in the order of the layout: lora_A's (rank, in), lora_B's (rows, rank)."""
+        ranks = [p.adapter.a.shape[0] for p in self._places]
+        a = [p.layer.lora_a_stacked[p.slice][index, 0, :r, :] for p, r in zip(self._places, ranks, strict=True)]
+        b = [p.layer.lora_b_stacked[p.slice][index, 0, :, :r] for p, r in zip(self._places, ranks, strict=True)]
+        return a, b
+
+    def _live(self, held: tuple[list[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """What the slot should hold, in the slot's dtype; vLLM wants the scaling inside lora_B."""
+        a = [p.adapter.a.detach() for p in self._places]
+        b = [p.adapter.b.detach()[p.rows[0] : p.rows[1]] for p in self._places]
+        b = list(torch._foreach_mul(b, [p.adapter.scaling for p in self._places]))
+        return [t.to(h.dtype) for t, h in zip(a + b, held[0] + held[1], strict=True)]
+
+    # Publishing -----------------------------------------------------------------------------------------------------
+
+    def _index(self) -> int | None:
+        """Row of the stacked tensors that vLLM maps our id to; None when the slot is not resident."""
+        manager = self._manager
+        if ADAPTER_ID not in manager.list_adapters() or ADAPTER_ID not in manager.lora_index_to_id:
+            return None
+        return manager.lora_index_to_id.index(ADAPTER_ID)
+
+    def _make_resident(self) -> int:
+        from vllm.lora.lora_model import LoRAModel
+
+        manager = self._manager
+        manager.remove_adapter(ADAPTER_ID)
+        if len(manager) >= manager.capacity:
+            manager.remove_oldest_adapter()
+        # An adapter without tensors, which `add_adapter` would not take: activating it zeroes every layer's row.
+        manager._registered_adapters[ADAPTER_ID] = LoRAModel(ADAPTER_ID, manager.lora_config.max_lora_rank, {})
+        manager.activate_adapter(ADAPTER_ID)
+        index = self._index()
+        if index is None:
+            raise AdapterError("vLLM did not take the adapter slot.")
+        return index
+
+    @torch.no_grad()
+    def publish(self) -> bool:
+        """Bring the slot up to date. Returns whether anything had to be copied."""
+        if not _publishing:
+            if self._index() is None:
+                self._make_resident()
+            return False
+        moved = self._layout()
+        index = self._index()
+        if index is not None and not moved and self._differs(index) is None:
+            return False
+        # Grows first: interrupted after the copy, the new values must not pass under the name of the old prefixes.
+        self.version += 1
+        if index is None or moved or self._has_leftovers(index):
+            index = self._make_resident()
+        held = self._held(index)
+        torch._foreach_copy_(held[0] + held[1], self._live(held))
+        if (problem := self._differs(index)) is not None:
+            raise AdapterError(f"The adapter cannot be published: {problem}.")
+        return True
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise unless the slot holds the adapter exactly as it is in the trainer now."""
+        if not _publishing:
+            return
+        if self.version == 0:
+            raise AdapterError("No adapter has been published yet: sampling now would use the base model.")
+        index = self._index()
+        if index is None:
+            raise AdapterError(
+                "The adapter is missing from the engine's slot: something removed it. Publish it again "
+                "(trainer: sync_weights(); model: fast_generate does it)."
+            )
+        moved = self._layout()
+        if (problem := "another adapter was made active" if moved else self._differs(index)) is not None:
+            raise AdapterError(
+                f"The adapter in the engine's slot is not the one in training: {problem}. Publish it before sampling "
+                "(trainer: sync_weights(); model: fast_generate does it)."
+            )
+
+    def _differs(self, index: int) -> str | None:
+        """Why the slot's content is not the live adapter's; None when it is, bit for bit."""
+        held = self._held(index)
+        live = self._live(held)
+        distance = torch._foreach_norm(torch._foreach_sub(held[0] + held[1], live), ord=math.inf)
+        different = torch.stack(list(distance)).ne(0)  # NaN counts as different
+        if bool(different.any()):
+            which = int(different.nonzero()[0])
+            place = self._places[which % len(self._places)]
+            side = "lora_A" if which < len(self._places) else "lora_B"
+            live_tensor = place.adapter.a if side == "lora_A" else place.adapter.b
+            finite = bool(torch.isfinite(live_tensor).all())
+            return f"{side} of {place.adapter.module} " + ("differs (stale or partial)" if finite else "is not finite")
+        return "modules or ranks without an adapter hold left-over values" if self._has_leftovers(index) else None
+
+    def _has_leftovers(self, index: int) -> bool:
+        """Whether the slot holds anything outside the places of the adapter: vLLM's kernels would add it in."""
+        outside = []
+        for place in self._places:
+            rank = place.adapter.a.shape[0]
+            outside.append(place.layer.lora_b_stacked[place.slice][index, 0, :, rank:])
+        filled = {(id(p.layer), p.slice) for p in self._places}
+        for layer in self._manager.modules.values():
+            for number, stacked in enumerate(getattr(layer, "lora_b_stacked", ())):
+                if (id(layer), number) not in filled:
+                    outside.append(stacked[index])
+        outside = [t for t in outside if t.numel()]
+        return bool(outside) and bool(torch.stack(list(torch._foreach_norm(outside, ord=math.inf))).ne(0).any())
+
+    def request(self) -> Any:
+        """The `LoRARequest` for the current version. Its name keys the prefix cache: old versions cannot be hit."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(f"policy-v{self.version}", ADAPTER_ID, ADAPTER_PATH)

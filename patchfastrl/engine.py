@@ -1,0 +1,271 @@
+"""The one engine of the process: how it is configured, and how it is built round a model."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.platforms import current_platform
+
+from . import adapters, guards, memory, sharing
+from .audit import audit
+from .compat import cpu_experts, cpu_linear, cpu_standby, cuda_weight_pool, expert_slots, import_errors
+from .errors import UnsupportedError
+from .llm import SharedLLM, live
+from .sharing import base_of, dtype_of
+
+logger = logging.getLogger("patchfastrl")
+
+LOAD_FORMAT = "patchfastrl"
+
+_SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's LoRA kernels are built for
+
+
+# Configuration ------------------------------------------------------------------------------------------------------
+
+
+def slot_rank_for(rank: int) -> int:
+    """The smallest slot rank of vLLM's that holds `rank`."""
+    fitting = [r for r in _SLOT_RANKS if r >= rank]
+    if not fitting:
+        raise UnsupportedError(f"LoRA rank {rank}: vLLM's slots end at {_SLOT_RANKS[-1]}. Use a smaller r.")
+    return fitting[0]
+
+
+def device() -> torch.device:
+    """Where vLLM runs, and the model must be."""
+    return torch.device("cpu" if current_platform.is_cpu() else current_platform.device_type)
+
+
+def check_model(model: nn.Module, placed: bool = False) -> None:
+    """Refuse models that cannot be shared whatever their architecture. Nothing is allocated.
+
+    Args:
+        placed: whether the model is where it will train, so that its device can be checked too.
+    """
+    base = base_of(model)
+    if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
+        raise UnsupportedError(
+            f"{type(base).__name__} is quantised; shared quantised weights are not supported yet. Load it without "
+            "quantization_config (load_in_4bit=False), or train it with stock TRL."
+        )
+    if placed:
+        devices = {p.device for p in model.parameters()}
+        if len(devices) != 1 or next(iter(devices)).type != device().type:
+            raise UnsupportedError(
+                f"The model is on {', '.join(sorted(map(str, devices)))} and vLLM runs on {device().type}. Put "
+                "the whole model on "
+                "that device (no device_map that splits or off-loads it)."
+            )
+    if (name := adapters.active_adapter(model)) is not None:
+        adapters.adapters_of(model, name)
+
+
+def _write_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """The live model's configuration and tokenizer for vLLM to read. No weights."""
+    base = base_of(model)
+    if not getattr(base.config, "architectures", None):
+        base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(folder)
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.to_json_file(folder / "generation_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+# Building -----------------------------------------------------------------------------------------------------------
+
+
+def brought_along(model: nn.Module, wanted: dict[str, Any]) -> SharedLLM | None:
+    """The live engine that `FastLanguageModel` built with this model, fit for a trainer; None if there is none.
+
+    Args:
+        wanted: the arguments that the trainer would build an engine with.
+
+    Raises:
+        UnsupportedError: the engine is too small for what the trainer asks.
+    """
+    llm = getattr(base_of(model), "vllm_engine", None)
+    if not isinstance(llm, SharedLLM) or llm._closed:
+        return None
+    length = llm.llm_engine.model_config.max_model_len
+    if (wanted.get("max_model_len") or 0) > length:
+        raise UnsupportedError(
+            f"The trainer asks for sequences of {wanted['max_model_len']} tokens, the model's engine was built "
+            f"for {length}. "
+            f"Pass max_seq_length={wanted['max_model_len']} to FastLanguageModel.from_pretrained."
+        )
+    if isinstance(model, PeftModel):
+        llm.require_slot(adapters.slot_rank(model))
+    if wanted.get("enable_sleep_mode") and not llm.can_sleep:
+        raise UnsupportedError(
+            "Standby was turned on after the model's engine was built. Set UNSLOTH_VLLM_STANDBY=1 before "
+            "FastLanguageModel.from_pretrained."
+        )
+    llm.adopt(model)
+    audit(llm)
+    return llm
+
+
+def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None, **kwargs: Any) -> SharedLLM:
+    """Build the engine round `model` and make the two share one copy of the base weights.
+
+    Args:
+        model: model in training, on the device that vLLM runs on; with adapters (PEFT) the engine gets a LoRA slot.
+        tokenizer: tokenizer or processor, or None (then only token ids go in and come out).
+        max_lora_rank: rank of the LoRA slot; None: the largest rank in `model`, no slot for a model without adapters.
+        **kwargs: arguments of `vllm.LLM`. What sharing decides is decided here: model, dtype, load format, LoRA
+        settings.
+
+    Raises:
+        UnsupportedError, SharingError: before training starts, naming what cannot be shared.
+    """
+    check_model(model, placed=True)
+    for old in list(live):
+        old.close("another engine was built in this process, which has room for one. Use the newer trainer or model.")
+    on_cpu = current_platform.is_cpu()
+    dtype = dtype_of(model)
+    private = dtype == torch.float32 and not on_cpu
+    sleep_mode = bool(kwargs.pop("enable_sleep_mode", False))
+    if kwargs.pop("quantization", None):
+        raise UnsupportedError("Shared quantised weights are not supported yet. Load the model without quantisation.")
+    for name in ("trust_remote_code", "revision", "tokenizer"):
+        kwargs.pop(name, None)
+    if max_lora_rank is None and isinstance(model, PeftModel):
+        max_lora_rank = adapters.slot_rank(model)
+    if max_lora_rank is not None:
+        kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot_rank_for(max_lora_rank)}
+    if on_cpu:
+        kwargs.setdefault("enforce_eager", True)
+        kwargs.setdefault("kv_cache_memory_bytes", memory.kv_cache_bytes(base_of(model).config, dtype, kwargs))
+    else:
+        kwargs["enable_sleep_mode"] = sleep_mode
+    folder = tempfile.TemporaryDirectory(prefix="patchfastrl-engine-", ignore_cleanup_errors=True)
+    _write_config(model, tokenizer, Path(folder.name))
+    made: dict[str, Any] = {}
+
+    def on_load(engine_model: nn.Module) -> None:
+        plan = sharing.make_plan(engine_model, model, cast=private)
+        sharing.materialise(engine_model, model, plan, next(model.parameters()).device, share=not private)
+        made["shared"] = sharing.Shared.of(model, engine_model, plan)
+
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_nothing_left_behind())
+        stack.enter_context(_in_process())
+        stack.enter_context(_loader(on_load))
+        stack.enter_context(expert_slots.left_out())
+        if on_cpu:
+            stack.enter_context(cpu_linear.plain_weights())
+            stack.enter_context(cpu_experts.plain_weights())
+        else:
+            stack.enter_context(cuda_weight_pool.weights_outside())
+        llm = SharedLLM(
+            model=folder.name,
+            load_format=LOAD_FORMAT,
+            dtype=str(torch.bfloat16 if private else dtype).removeprefix("torch."),
+            skip_tokenizer_init=tokenizer is None,
+            **kwargs,
+        )
+    llm.shared, llm.private, llm.can_sleep = made["shared"], private, on_cpu or sleep_mode
+    if max_lora_rank is not None:
+        llm.slot = adapters.Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
+    if on_cpu:
+        llm._standby = cpu_standby.install(llm.worker)
+    live.add(llm)
+    guards.protect(llm)
+    llm._end = weakref.finalize(llm, _discard, llm.llm_engine, list(llm.shared.keys.values()), llm._standby, folder)
+    llm._end.atexit = False  # the process' end frees everything anyway
+    try:
+        audit(llm)
+    except BaseException:
+        llm.close("its audit failed.")
+        raise
+    llm.seconds["build"] = time.perf_counter() - start
+    logger.warning(_start_block(llm, sleep_mode, kwargs))
+    return llm
+
+
+@contextlib.contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """What building an engine does to the process that an engine in a process of its own may do."""
+    try:
+        yield
+    except BaseException:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()  # groups made for this model, which the next engine would inherit
+        raise
+    finally:
+        gc.unfreeze()  # vLLM freezes the heap: nothing that is alive now could ever be collected
+        import_errors.drop_tracebacks()
+
+
+@contextlib.contextmanager
+def _in_process() -> Iterator[None]:
+    """vLLM puts its engine core into a child process unless told otherwise."""
+    before = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        else:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = before
+
+
+@contextlib.contextmanager
+def _loader(on_load: Any) -> Iterator[None]:
+    """Our load format is known to vLLM while an engine is built, and no longer: it refers to the model."""
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+    register_model_loader(LOAD_FORMAT)(sharing.as_loader(on_load))
+    try:
+        yield
+    finally:
+        del _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT]
+
+
+def _discard(engine: Any, keys: list[int], standby: cpu_standby.KVCacheStorages | None, folder: Any) -> None:
+    """The end of an engine: by `close`, by garbage collection, or at exit."""
+    guards.release(keys)
+    if engine.engine_core.is_sleeping():
+        # CUDA: freeing memory that is unmapped leaves vLLM's allocator in an error that the next engine inherits.
+        engine.wake_up(None)
+    engine.engine_core.shutdown()
+    if standby is not None:
+        standby.release()  # at once, not when the collector gets round to vLLM's cycles
+    folder.cleanup()
+
+
+def _start_block(llm: SharedLLM, sleep_mode: bool, kwargs: dict[str, Any]) -> str:
+    shared, n = llm.shared, len(llm.shared.plan.views)
+    dtype = next(iter(shared.homes.values())).dtype
+    lines = [
+        f"PatchFastRL: engine ready in {llm.seconds['build']:.1f} s",
+        f"  weights   {n} parameters, {memory.gib(shared.bytes)}, {dtype}: "
+        + (
+            "a second copy in the engine, because float32 master weights cannot be sampled from on CUDA; "
+            "dtype=bfloat16 (model_init_kwargs) would share one"
+            if llm.private
+            else "one copy, shared with the trainer"
+        ),
+        f"  adapter   slot of rank {kwargs['max_lora_rank']}"
+        if llm.slot is not None
+        else "  adapter   none: the weights themselves are trained, the optimizer's update is the engine's",
+        f"  standby   {'on: the KV cache is released while training' if sleep_mode else 'off'}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,275 @@
+"""The object that TRL and users talk to: `vllm.LLM` over the weights of a model in training."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from vllm import LLM, SamplingParams
+
+from . import adapters, guards, sharing
+from .compat import cpu_standby
+from .errors import PatchFastRLError, StandbyError, UnsupportedError
+from .interrupts import between_steps, uninterrupted
+
+CURRENT: Any = object()  # default of `lora_request`: the adapter in training
+
+live: weakref.WeakSet[SharedLLM] = weakref.WeakSet()  # engines that are open
+
+
+class SharedLLM(LLM):
+    """`vllm.LLM` over the weights of a model in training. Made by `engine.build`.
+
+    `generate` and `chat` sample with the adapter in training unless told otherwise: `lora_request=None` is the base
+    model, another `LoRARequest` that adapter. Before each batch the shared storage and the adapter slot are checked.
+    `sleep` and `wake_up` release and restore the KV cache, whatever level is asked for: weights stay.
+    """
+
+    # Set by `engine.build`.
+    shared: sharing.Shared
+    slot: adapters.Slot | None
+    private: bool
+    can_sleep: bool
+    _end: weakref.finalize
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.publishes = 0
+        self.slot = None
+        self._closed: str | None = None
+        self._failed = ""
+        self._standby: cpu_standby.KVCacheStorages | None = None
+        self._prefixes_of: Any = None
+        super().__init__(**kwargs)
+
+    # A model that carries its engine as an attribute copies and pickles without it.
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    # Access ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def model_runner(self) -> Any:
+        return self.worker.model_runner
+
+    @property
+    def worker(self) -> Any:
+        worker = self.llm_engine.model_executor.driver_worker
+        return getattr(worker, "worker", worker)
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    # Sampling -------------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, lora_request: Any = CURRENT, **kwargs: Any) -> Any:
+        return self._sample(super().generate, args, kwargs, lora_request)
+
+    def chat(self, *args: Any, lora_request: Any = CURRENT, **kwargs: Any) -> Any:
+        return self._sample(super().chat, args, kwargs, lora_request)
+
+    def beam_search(self, *args: Any, lora_request: Any = CURRENT, **kwargs: Any) -> Any:
+        return self._sample(super().beam_search, args, kwargs, lora_request)
+
+    def enqueue(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "enqueue() would sample later, past the checks of weights, adapter and standby. Use generate() or chat()."
+        )
+
+    enqueue_chat = enqueue
+
+    def _sample(self, call: Any, args: tuple, kwargs: dict[str, Any], lora_request: Any) -> Any:
+        if self._closed:
+            raise PatchFastRLError(f"This engine is closed: {self._closed}")
+        if self._failed:
+            raise PatchFastRLError(
+                f"This engine failed in the middle of a batch ({self._failed}) and cannot go on. Make a new trainer."
+            )
+        if not self.awake:
+            raise StandbyError("The engine's KV cache is released (standby). Call wake_up() before sampling.")
+        self._check_weights()
+        current = lora_request is CURRENT
+        if current:
+            lora_request = self.current_request()
+        explicit = lora_request is not None and getattr(lora_request, "lora_int_id", None) != adapters.ADAPTER_ID
+        if self.slot is not None and lora_request is not None and not explicit:
+            self.slot.check()
+        args, kwargs = _with_sampling_params(args, kwargs)
+        with self._timed("generate"), between_steps(self.llm_engine) as failed:
+            try:
+                return call(*args, lora_request=lora_request, **kwargs)
+            except BaseException:
+                self._failed = ", ".join(map(repr, failed))
+                self._abort_requests()
+                raise
+            finally:
+                if explicit and self.slot is not None and self.slot.version:
+                    self.slot.publish()  # the other adapter took the slot
+
+    def current_request(self) -> Any:
+        """The `LoRARequest` of the adapter in training; None without one."""
+        if self.slot is None or adapters.active_adapter(self.shared.model) is None:
+            return None
+        return self.slot.request()
+
+    def _check_weights(self) -> None:
+        """The trainer's weights are the engine's; prefixes computed with other weights cannot be hit."""
+        if self.private:
+            self.shared.check_copy()
+        else:
+            self.shared.check()
+        checksum = None if self.private else self.shared.checksum()
+        releases = None if self._standby is None else self._standby.releases  # also by a worker's own `sleep`
+        if (checksum, releases) != self._prefixes_of:
+            self.drop_prefixes()
+            self._prefixes_of = (checksum, releases)
+
+    def drop_prefixes(self) -> None:
+        if not self.reset_prefix_cache():
+            raise StandbyError("vLLM would not reset its prefix cache: requests are still running in this engine.")
+
+    def _abort_requests(self) -> None:
+        """Leave nothing behind that the next batch would return."""
+        self.llm_engine.abort_request(list(self.llm_engine.output_processor.request_states), internal=True)
+
+    # Weights --------------------------------------------------------------------------------------------------------
+
+    def publish(self) -> bool:
+        """Make the trainer's current weights what the next batch samples from. Returns whether anything was copied."""
+        with self._timed("publish"), uninterrupted():
+            changed = False
+            if self.private:
+                changed = self.shared.refresh()
+            if self.slot is not None and adapters.active_adapter(self.shared.model) is not None:
+                changed |= self.slot.publish()
+            if changed:
+                self.publishes += 1
+                if self.awake:
+                    self.drop_prefixes()
+        return changed
+
+    # Standby --------------------------------------------------------------------------------------------------------
+
+    @property
+    def awake(self) -> bool:
+        core = self.llm_engine.engine_core
+        resident = self._standby is None or self._standby.resident
+        return resident and not core.is_sleeping()
+
+    def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
+        """Release the KV cache. Weights stay where they are at every level (level 0 only pauses, as in vLLM)."""
+        if not self.llm_engine.model_executor.is_sleeping:
+            with self._timed("sleep"), uninterrupted():
+                super().sleep(min(level, 1), *args, **kwargs)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Restore the KV cache. Waking only "weights" has nothing to do: they never left."""
+        if tags is not None and not {"kv_cache", "scheduling"} & set(tags):
+            return
+        with self._timed("wake"), uninterrupted():
+            if self.llm_engine.engine_core.is_sleeping():
+                super().wake_up(None)  # all tags: vLLM stays asleep until each has been woken
+            if self._standby is not None and not self._standby.resident:
+                self.worker.wake_up(None)  # the worker was put to sleep directly
+
+    @contextlib.contextmanager
+    def awakened(self) -> Iterator[None]:
+        """Awake inside the block; asleep again afterwards if it was before."""
+        asleep = not self.awake
+        if asleep:
+            self.wake_up()
+        try:
+            yield
+        finally:
+            if asleep:
+                self.sleep()
+
+    # What would tear the weights apart ------------------------------------------------------------------------------
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if method in ("reload_weights", "update_weights", "load_weights"):
+            raise guards.stopped(
+                f"collective_rpc({method!r})", "it would write other weights through the shared storage"
+            )
+        return super().collective_rpc(method, *args, **kwargs)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "bytes_shared": 0 if self.private else self.shared.bytes,
+            "publishes": self.publishes,
+            "seconds": {k: self.seconds[k] for k in ("build", "publish", "generate", "sleep", "wake")},
+        }
+
+    def adopt(self, model: nn.Module) -> None:
+        """`model` wraps the one that the engine was built round: its adapters are the ones in training now."""
+        self.shared.model = model
+        if self.slot is not None:
+            self.slot = adapters.Slot(self.model_runner.lora_manager, model, self.shared.plan)
+
+    def require_slot(self, rank: int) -> None:
+        """Raises UnsupportedError unless the engine serves adapters of `rank`."""
+        limit = 0 if self.slot is None else self.llm_engine.vllm_config.lora_config.max_lora_rank
+        if rank > limit:
+            raise UnsupportedError(
+                f"An adapter of rank {rank} does not fit this engine ("
+                + (f"its slot holds rank {limit}" if limit else "it was built without an adapter slot")
+                + f"). Pass max_lora_rank={rank} to FastLanguageModel.from_pretrained."
+            )
+
+    def close(self, reason: str) -> None:
+        """Shut down and give the memory back. The trainer's parameters keep their storage."""
+        if self._closed:
+            return
+        self._closed = reason
+        live.discard(self)
+        self._end()
+        for name in list(vars(self)):
+            if name not in ("_closed", "seconds", "publishes", "private"):
+                delattr(self, name)
+        gc.collect()
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__dict__.get("_closed"):
+            raise PatchFastRLError(f"This engine is closed: {self._closed}")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+def _with_sampling_params(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """`vLLMSamplingParams` (a mapping) as vLLM's class; repetitions of a prompt under one seed get seeds of their own.
+
+    TRL repeats a prompt `num_generations` times with n=1. With one seed for all, every completion of a group would be
+    the same one and every advantage zero; vLLM itself gives the samples of n > 1 the seeds seed, seed + 1, ...
+    """
+    prompts = args[0] if args else kwargs.get("prompts", kwargs.get("messages"))
+    params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
+    if isinstance(params, dict):
+        params = SamplingParams(**params)
+    # A list of token ids, or of one conversation's messages, is one prompt.
+    one = not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int) or "role" in prompts[0]
+    if not one and isinstance(params, SamplingParams) and params.seed is not None:
+        seen: Counter[str] = Counter()
+        seeded = []
+        for prompt in prompts or []:
+            own = params.clone()
+            own.seed = params.seed + seen[repr(prompt)] * params.n
+            seen[repr(prompt)] += 1
+            seeded.append(own)
+        if len(seen) < len(seeded):
+            params = seeded
+    if len(args) > 1:
+        return (args[0], params, *args[2:]), kwargs
+    return args, {**kwargs, "sampling_params": params}

@@ -1,0 +1,64 @@
+"""The byte budget of the engine."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import psutil
+import torch
+
+from .errors import UnsupportedError
+
+_BLOCK = 128  # tokens; no vLLM backend uses larger KV blocks by default
+
+
+def gib(n: int) -> str:
+    """`n` bytes for a person: MiB below one GiB."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
+
+
+def return_freed() -> None:
+    """Give the pages of freed host memory back to the operating system: glibc keeps them for later allocations."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries keep nothing, or have no such call
+    if trim is not None:
+        trim(0)
+
+
+def kv_cache_bytes(config: Any, dtype: torch.dtype, engine: dict[str, Any]) -> int:
+    """KV cache for an engine on the CPU, in bytes: what `max_num_seqs` full sequences can use, within the given share.
+
+    vLLM's own answer is the whole share of the machine's memory at once (and it touches it).
+
+    Args:
+        config: the model's transformers configuration.
+        dtype: of the cache.
+        engine: `vllm.LLM` arguments; read are max_num_seqs, max_model_len, gpu_memory_utilization (on the CPU: a share
+            of the machine's memory).
+
+    Raises:
+        UnsupportedError: one sequence does not fit, or the model has no attention heads to cache anything for.
+    """
+    text = config.get_text_config()
+    attention_heads = getattr(text, "num_attention_heads", None)
+    length = engine.get("max_model_len") or getattr(text, "max_position_embeddings", None)
+    if attention_heads is None or length is None:
+        missing = "num_attention_heads" if attention_heads is None else "max_position_embeddings"
+        raise UnsupportedError(
+            f"{type(text).__name__} has no {missing}, so the size of the engine's KV cache cannot be told. "
+            + ("Set vllm_max_model_length (max_seq_length)." if length is None else "Train this model with stock TRL.")
+        )
+    heads = getattr(text, "num_key_value_heads", None) or attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // attention_heads
+    per_block = 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize * _BLOCK
+    blocks = -(-length // _BLOCK) + 1
+    sequences = engine.get("max_num_seqs") or 256
+    share = engine.get("gpu_memory_utilization") or 0.5
+    limit = int(psutil.virtual_memory().total * share)
+    if blocks * per_block > limit:
+        raise UnsupportedError(
+            f"One sequence of {length} tokens needs {gib(blocks * per_block)} of KV cache, and {share:.0%} of this "
+            f"machine's memory is {gib(limit)}. Lower vllm_max_model_length (max_seq_length) or raise "
+            "vllm_gpu_memory_utilization."
+        )
+    return min(sequences * blocks * per_block, limit)

@@ -1,0 +1,228 @@
+"""What rewritten TRL code calls: the only door from TRL into the core. Importing it imports no vLLM."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from .errors import UnsupportedError
+from .sampling import sampling_overrides
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .llm import SharedLLM
+
+__all__ = ["build_engine", "configure", "load_model", "lora_request", "publish", "sampling_overrides"]
+
+logger = logging.getLogger("patchfastrl")
+
+STANDBY = "UNSLOTH_VLLM_STANDBY"
+
+_trainers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+# TRL announces a process group of one in these for vLLM, and leaves them. The next trainer of the process would take
+# them for a launcher's, listen on the same port, and wrap its model for distributed training.
+_RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_environment: dict[str, str | None] = {}
+
+
+# Called from a trainer's __init__ -----------------------------------------------------------------------------------
+
+
+def configure(trainer: Any, args: Any, model: Any, peft_config: Any) -> Any:
+    """Turn vLLM on in `args` and refuse, before anything is allocated, what a shared engine cannot do."""
+    from .install import settings
+
+    _environment.update({name: os.environ.get(name) for name in _RENDEZVOUS})
+    if not args.use_vllm:
+        if settings().use_vllm == "keep":
+            if getattr(args, "vllm_sampling_params", None):
+                logger.warning("PatchFastRL: use_vllm=False, so vllm_sampling_params have no effect.")
+            return args
+        logger.warning(
+            "PatchFastRL: use_vllm is on (the script leaves it off); PatchFastRL(use_vllm='keep') leaves it alone."
+        )
+        args.use_vllm = True
+    if args.vllm_mode == "server":
+        logger.warning("PatchFastRL: the script asks for vllm_mode='server'; the engine runs in this process instead.")
+    args.vllm_mode = "colocate"
+    if (standby := standby_requested()) is not None:
+        args.vllm_enable_sleep_mode = standby
+    _refuse_unsupported(args, model, peft_config)
+    sampling_overrides(args)
+    _trainers.add(trainer)
+    return args
+
+
+def standby_requested() -> bool | None:
+    """What the environment says about standby: True, False, or None when it says nothing."""
+    value = os.environ.get(STANDBY)
+    if value is None or value == "":
+        return None
+    if value.lower() in ("1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "off"):
+        return False
+    raise UnsupportedError(f"{STANDBY}={value!r}: set it to 1 or 0.")
+
+
+def _refuse_unsupported(args: Any, model: Any, peft_config: Any) -> None:
+    from accelerate.utils import DistributedType
+
+    from . import adapters
+
+    processes = args.distributed_state.num_processes if args.distributed_state is not None else args.world_size
+    if processes > 1:
+        raise UnsupportedError(
+            f"{processes} processes: one shared engine per process is not supported yet. Start one process "
+            "(accelerate launch --num_processes 1), or train with stock TRL."
+        )
+    if args.vllm_tensor_parallel_size > 1:
+        raise UnsupportedError(
+            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: shared weights are not supported with tensor "
+            "parallelism yet. Set it to 1."
+        )
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if args.deepspeed or plugin is not None:
+        stage = plugin.zero_stage if plugin is not None else "?"
+        raise UnsupportedError(
+            f"DeepSpeed (ZeRO stage {stage}) keeps its own flattened copies of the weights, which cannot be "
+            "shared with an "
+            "engine. Train without DeepSpeed, or with stock TRL."
+        )
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UnsupportedError(
+            "FSDP shards the weights, which cannot be shared with an engine yet. Train without FSDP, or with stock TRL."
+        )
+    if args.distributed_state is not None and args.distributed_state.distributed_type == DistributedType.MEGATRON_LM:
+        raise UnsupportedError("Megatron-LM cannot share weights with an engine. Train with stock TRL.")
+    if getattr(args, "vllm_model_impl", "vllm") not in ("vllm", "auto"):
+        raise UnsupportedError(
+            f"vllm_model_impl={args.vllm_model_impl!r}: weights are shared with vLLM's own models only."
+        )
+    if peft_config is not None:
+        adapters.refuse_unservable(peft_config)
+    if not isinstance(model, str):
+        from .engine import check_model
+
+        check_model(model)
+        if getattr(args, "cast_lm_head_to_fp32", False) and str(model.dtype) != "torch.float32":
+            raise _fp32_head(model.dtype)
+
+
+def _fp32_head(dtype: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f"cast_lm_head_to_fp32=True with a model in {dtype}: the head would leave the storage that the engine "
+        "samples from. "
+        "Set it to False, or load the whole model in float32 (model_init_kwargs={'dtype': 'float32'})."
+    )
+
+
+def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dict[str, Any]) -> nn.Module:
+    """TRL's `create_model_from_path`, in the dtype that both sides can share.
+
+    With LoRA the base is frozen and both sides take the checkpoint's dtype (TRL alone would load the trainer's in
+    float32 and the engine's in the checkpoint's). Full fine-tuning keeps TRL's default, and a script's own `dtype`
+    always holds.
+    """
+    asked = [n for n in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(n)]
+    if args.use_vllm and asked:
+        raise UnsupportedError(
+            f"{asked[0]}: shared quantised weights are not supported yet. Load {model} without it (with LoRA "
+            "the frozen 16-bit base exists once), or train with stock TRL."
+        )
+    if peft_config is not None and args.use_vllm and "dtype" not in kwargs and "torch_dtype" not in kwargs:
+        kwargs = {**kwargs, "dtype": "auto"}
+        logger.warning("PatchFastRL: the frozen base is loaded in its checkpoint's dtype; set `dtype` for another one.")
+    loaded = create(model, **kwargs)
+    if args.use_vllm and getattr(args, "cast_lm_head_to_fp32", False) and str(loaded.dtype) != "torch.float32":
+        raise _fp32_head(loaded.dtype)
+    return loaded
+
+
+# Called from the engine's owner (VLLMGeneration, or an older trainer) -----------------------------------------------
+
+
+def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
+    """In place of `LLM(...)`: the engine round `owner.model`, or the one that the model brought along."""
+    from vllm import LLM
+
+    from . import engine
+
+    if llm_class is not LLM:
+        raise UnsupportedError(f"TRL's `LLM` is {llm_class!r}, not vLLM's class: another library has replaced it.")
+    if not any(getattr(trainer, "accelerator", None) is owner.accelerator for trainer in _trainers):
+        raise UnsupportedError(
+            f"A trainer other than GRPOTrainer and RLOOTrainer (or their subclasses) asks for vLLM through "
+            f"{type(owner).__name__}. It is not supported yet: set use_vllm=False, or leave PatchFastRL() out."
+        )
+    kwargs.pop("model", None)  # the checkpoint's name: weights and configuration come from the live model
+    if _environment.get("MASTER_PORT") is None:
+        os.environ["MASTER_PORT"] = str(_free_port())  # TRL's choice is one of four, which others start with as well
+    try:
+        ready = engine.brought_along(owner.model, kwargs)
+        return ready or engine.build(owner.model, owner.processing_class, **kwargs)
+    finally:
+        _restore_environment()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _restore_environment() -> None:
+    for name, value in _environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def publish(owner: Any) -> None:
+    """In place of TRL's weight sync."""
+    owner.llm.publish()
+
+
+def lora_request(llm: SharedLLM) -> Any:
+    """The adapter in training as a `LoRARequest`, None when the model has none.
+
+    Published first, if it changed: TRL's sync goes by its step counter, which does not notice a second `train()`, a
+    best model that was loaded at the end, or another trainer of the same model.
+    """
+    llm.publish()
+    return llm.current_request()
+
+
+# For people ---------------------------------------------------------------------------------------------------------
+
+
+def live_trainers() -> list[str]:
+    """Patched trainers and shared engines that are alive, described for a message."""
+    gc.unfreeze()  # vLLM freezes the heap when it builds an engine; what is frozen cannot be found dead
+    gc.collect()
+    alive = [f"{type(t).__name__} (model {type(getattr(t, 'model', None)).__name__})" for t in _trainers]
+    if not alive and "patchfastrl.llm" in sys.modules:
+        alive = [f"the engine of a {type(llm.shared.model).__name__}" for llm in sys.modules["patchfastrl.llm"].live]
+    return alive
+
+
+def engine_report(trainer_or_model: Any) -> dict[str, Any]:
+    """What the shared engine of a trainer (or model) has done so far.
+
+    Returns:
+        bytes_shared (int, bytes), publishes (int: adapter versions copied to the slot), seconds (dict: publish,
+        generate, sleep, wake, build).
+    """
+    owner = getattr(trainer_or_model, "vllm_generation", trainer_or_model)
+    llm = getattr(owner, "llm", None) or getattr(owner, "vllm_engine", None)
+    if llm is None:
+        raise UnsupportedError(f"{type(trainer_or_model).__name__} has no shared engine.")
+    return llm.report()

@@ -1,0 +1,80 @@
+"""`vLLMSamplingParams`: sampling settings that TRL's configuration has no field for, handed to vLLM as given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import UnsupportedError
+
+# What TRL's loss depends on: config field that owns it, by SamplingParams name.
+_OWNED_BY_TRL = {"temperature": "temperature", "max_tokens": "max_completion_length"}
+_FIXED_BY_TRL = {"n": 1, "logprobs": 0}
+
+
+class vLLMSamplingParams(dict):
+    """Explicitly set fields of `vllm.SamplingParams`.
+
+    A plain mapping: it works with `HfArgumentParser`, serialises to JSON, and pickles as a `dict`, so that a saved
+    `training_args.bin` loads without this package.
+
+    Args:
+        **settings: fields of `vllm.SamplingParams` (https://docs.vllm.ai/en/latest/api/vllm/sampling_params.html), for
+            example `min_p=0.1, stop=["</answer>"], include_stop_str_in_output=True, seed=3407`. They win over the
+            values that TRL's configuration would pass. `n`, `logprobs`, `max_tokens` and `temperature` stay TRL's,
+            because the importance ratios depend on them: another value there is an error when the trainer is built.
+    """
+
+    def __init__(self, *entries: Any, **settings: Any) -> None:
+        super().__init__(*entries, **settings)  # `dataclasses.asdict` rebuilds mappings from pairs
+
+    def __reduce__(self) -> tuple[type[dict], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
+def sampling_overrides(args: Any) -> dict[str, Any] | None:
+    """`args.generation_kwargs` with `args.vllm_sampling_params` on top: TRL's own way into `SamplingParams`.
+
+    Raises:
+        UnsupportedError: a field that TRL must control, or that is set twice with different values, or that vLLM does
+        not
+            know.
+    """
+    given = getattr(args, "vllm_sampling_params", None)
+    base = getattr(args, "generation_kwargs", None)
+    if not given:
+        return base
+    if not isinstance(given, dict):
+        raise UnsupportedError(
+            f"vllm_sampling_params is a {type(given).__name__}; give a vLLMSamplingParams(...) (or a dict): "
+            "only there is it "
+            "known which values were set on purpose."
+        )
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    known = set(getattr(SamplingParams, "__struct_fields__", ()))
+    unknown = sorted(set(given) - known) if known else []
+    if unknown:
+        raise UnsupportedError(f"vllm.SamplingParams has no {', '.join(unknown)} in the installed vLLM.")
+    try:
+        SamplingParams(**{k: v for k, v in given.items() if k != "structured_outputs"})  # which TRL makes from a dict
+    except (TypeError, ValueError, VLLMValidationError) as error:
+        raise UnsupportedError(f"vLLM refuses vllm_sampling_params={dict(given)}: {error}") from error
+    for name, value in given.items():
+        if name in _FIXED_BY_TRL and value != _FIXED_BY_TRL[name]:
+            raise UnsupportedError(
+                f"vLLMSamplingParams({name}={value!r}): TRL needs {name}={_FIXED_BY_TRL[name]} (it repeats "
+                "prompts itself and "
+                "reads the sampled token's log-probability). Set num_generations for more completions per prompt."
+            )
+        if (owner := _OWNED_BY_TRL.get(name)) is not None and value != getattr(args, owner):
+            raise UnsupportedError(
+                f"vLLMSamplingParams({name}={value!r}) against "
+                f"{type(args).__name__}({owner}={getattr(args, owner)!r}): TRL's "
+                f"loss uses the latter, so the importance ratios would be wrong. Set {owner} in the config."
+            )
+        if base and name in base and base[name] != value:
+            raise UnsupportedError(
+                f"{name} is {value!r} in vllm_sampling_params and {base[name]!r} in generation_kwargs. Set it once."
+            )
+    return {**(base or {}), **given}

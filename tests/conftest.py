@@ -1,0 +1,23 @@
+"""Settings that every test wants; set before torch or vLLM can be imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+# Tiny models on a CPU: more threads cost time, compilation even more, and nothing may be downloaded.
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "WANDB_MODE": "disabled",
+}.items():
+    os.environ.setdefault(name, value)
+# A caller's own standby setting would change what is tested.
+os.environ.pop("UNSLOTH_VLLM_STANDBY", None)
+# A shell's background job ignores Ctrl-C, and every process that it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)

