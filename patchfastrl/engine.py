@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
 from . import adapters, guards, memory, sharing
@@ -61,13 +62,18 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
             f"{type(base).__name__} is quantised; shared quantised weights are not supported yet. Load it without "
             "quantization_config (load_in_4bit=False), or train it with stock TRL."
         )
+    known = ModelRegistry.get_supported_archs()
+    if not {type(base).__name__, *(base.config.architectures or ())} & set(known):
+        raise UnsupportedError(
+            f"vLLM does not know {type(base).__name__}, so there is no engine to sample this model from. Train it with "
+            "stock TRL and use_vllm=False (leave PatchFastRL() out), or train a model of a supported family."
+        )
     if placed:
         devices = {p.device for p in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type != device().type:
             raise UnsupportedError(
-                f"The model is on {', '.join(sorted(map(str, devices)))} and vLLM runs on {device().type}. Put "
-                "the whole model on "
-                "that device (no device_map that splits or off-loads it)."
+                f"The model is on {', '.join(sorted(map(str, devices)))} and vLLM runs on {device().type}. Put the "
+                "whole model on that device (no device_map that splits or off-loads it)."
             )
     if (name := adapters.active_adapter(model)) is not None:
         adapters.adapters_of(model, name)

@@ -399,6 +399,7 @@ assert {r.status for r in report()} == {"refused"}
     result = subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,

@@ -492,10 +492,10 @@ def hidden_copy(llm: Any, destination: str) -> Iterator[nn.Parameter]:
 
 def _computes_with(llm: Any, private: nn.Parameter) -> bool:
     with torch.no_grad():
-        before = tiny.engine_logprobs(llm, PROMPT)
-        private.sub_(0.5)
+        before, values = tiny.engine_logprobs(llm, PROMPT), private.clone()
+        private.neg_().sub_(0.5)  # a mere shift would leave a router's choice as it is
         changed = bool((tiny.engine_logprobs(llm, PROMPT) - before).abs().max() > 1e-6)
-        private.add_(0.5)
+        private.copy_(values)
         llm.drop_prefixes()
     return changed
 
