@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "requirements"
 PYTHONS = ("3.11", "3.12", "3.13")
 # Besides the row: what TRL, the demo and the tests use.
 ALSO = ["datasets", "libcst", "packaging", "rich", "matplotlib"]
-ALSO += ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "setuptools>=77"]
+ALSO += ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=77"]
 # vLLM's CPU build asks for these four. They are CUDA builds on the registry: with that torchvision transformers does
 # not import, and triton is a gigabyte for nothing.
 NEVER_ON_CPU = ["torchvision", "torchaudio", "torchcodec", "triton"]
