@@ -5,12 +5,15 @@ from __future__ import annotations
 from patchfastrl.seam import Seam
 
 from . import (
+    chat_template,
     colocate_mode,
     config_field,
     configure_trainer,
+    legacy_rloo,
     load_policy,
     lora_request,
     publish_adapter,
+    reload_weights,
     sampling_overrides,
     shared_engine,
 )
@@ -24,4 +27,7 @@ SEAMS: tuple[Seam, ...] = (
     *shared_engine.SEAMS,
     *publish_adapter.SEAMS,
     *lora_request.SEAMS,
+    *reload_weights.SEAMS,
+    *chat_template.SEAMS,
+    *legacy_rloo.SEAMS,
 )

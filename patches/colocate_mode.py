@@ -7,6 +7,8 @@ import libcst as cst
 from patchfastrl.rewrite import Rewrite, expression, reads
 from patchfastrl.seam import Seam
 
+from .releases import ENGINE_CLASS, SAMPLES, between, outside, trainer
+
 
 class TrainerMode(Rewrite):
     """``self.vllm_mode = args.vllm_mode`` becomes ``self.vllm_mode = "colocate"``."""
@@ -36,15 +38,19 @@ class GenerationMode(Rewrite):
 
 SEAMS = tuple(
     Seam(
-        name=f"{trainer.lower()}.{name}",
-        target=f"trl.trainer.{trainer.lower()}_trainer:{trainer}Trainer.__init__",
-        requires="trl>=1.10,<1.17",
+        name=f"{name.lower()}.{mode}",
+        target=trainer(name),
+        requires=between(since),
+        absent=outside(since),
         count=1,
         reason="a server is another process, with another copy of the weights",
         link="https://huggingface.co/docs/trl/vllm_integration",
         until="never: this is what sharing means",
         rewrite=rewrite,
     )
-    for trainer in ("GRPO", "RLOO")
-    for name, rewrite in (("trainer_mode", TrainerMode), ("generation_mode", GenerationMode))
+    for name, first in SAMPLES.items()
+    for mode, since, rewrite in (
+        ("trainer_mode", first, TrainerMode),
+        ("generation_mode", ENGINE_CLASS, GenerationMode),
+    )
 )

@@ -7,8 +7,11 @@ import libcst as cst
 from patchfastrl.rewrite import Rewrite, reads, statement
 from patchfastrl.seam import Seam
 
+from .releases import SAMPLES, between, config, outside, upstream
+
 SPACE = cst.SimpleWhitespace(" ")
 FIELD = "vllm_sampling_params"
+NEIGHBOUR = "vllm_gpu_memory_utilization"
 # Keyword-only, so that it moves no positional argument of the configurations or of a script's own subclasses.
 DECLARATION = f"""{FIELD}: dict | str | None = field(
     default=None,
@@ -18,13 +21,13 @@ DECLARATION = f"""{FIELD}: dict | str | None = field(
 
 
 class SamplingParamsField(Rewrite):
-    """The field follows ``vllm_structured_outputs_regex``."""
+    """The field follows ``vllm_gpu_memory_utilization``, which every release has."""
 
     def leave_SimpleStatementLine(
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ) -> cst.SimpleStatementLine | cst.FlattenSentinel[cst.BaseStatement]:
         neighbour = original_node.body[0]
-        if not isinstance(neighbour, cst.AnnAssign) or not reads(neighbour.target, "vllm_structured_outputs_regex"):
+        if not isinstance(neighbour, cst.AnnAssign) or not reads(neighbour.target, NEIGHBOUR):
             return updated_node
         self.found += 1
         return cst.FlattenSentinel([updated_node, statement(DECLARATION)])
@@ -53,18 +56,19 @@ class SamplingParamsFromText(Rewrite):
 
 SEAMS = tuple(
     Seam(
-        name=f"{trainer.lower()}.{name}",
-        target=f"trl.trainer.{trainer.lower()}_config:{trainer}Config.{attribute}",
-        requires="trl>=1.10,<1.17",
+        name=f"{name.lower()}.{part}",
+        target=config(name, attribute),
+        requires=between(first),
+        absent=outside(first),
         count=1,
         reason="scripts set vllm_sampling_params=vLLMSamplingParams(...) on the configuration",
-        link=f"https://github.com/huggingface/trl/blob/main/trl/trainer/{trainer.lower()}_config.py",
+        link=upstream(f"trainer/{name.lower()}_config.py"),
         until="TRL's configurations take a SamplingParams",
         rewrite=rewrite,
     )
-    for trainer in ("GRPO", "RLOO")
-    for name, attribute, rewrite in (
-        ("config_field", "vllm_structured_outputs_regex", SamplingParamsField),
+    for name, first in SAMPLES.items()
+    for part, attribute, rewrite in (
+        ("config_field", NEIGHBOUR, SamplingParamsField),
         ("config_json", "_VALID_DICT_FIELDS", SamplingParamsFromText),
     )
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, expression, reads
+from patchfastrl.rewrite import Rewrite, reads, with_keyword
 from patchfastrl.seam import Seam
+
+from .releases import OWNERS, between, outside
 
 
 class LoraRequest(Rewrite):
@@ -17,23 +19,21 @@ class LoraRequest(Rewrite):
         if any(reads(arg.keyword, "lora_request") for arg in original_node.args):
             return updated_node  # TRL serves adapters by itself now: the count will say so
         self.found += 1
-        request = cst.Arg(
-            value=expression("@lora_request(self.llm)"),
-            keyword=cst.Name("lora_request"),
-            equal=cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace("")),
-        )
-        return updated_node.with_changes(args=[*updated_node.args, request])
+        return with_keyword(updated_node, "lora_request", "@lora_request(self.llm)")
 
 
-SEAMS = (
+SEAMS = tuple(
     Seam(
-        name="engine.lora_request",
-        target="trl.generation.vllm_generation:VLLMGeneration.generate",
-        requires="trl>=1.10,<1.17",
-        count=1,
+        name=f"{owner.name}.lora_request",
+        target=f"{owner.target}.{era.method}",
+        requires=between(era.first, era.end),
+        absent=outside(owner.first, owner.end),
+        count=era.calls,
         reason="without a request vLLM samples from the base model, and says nothing",
         link="https://docs.vllm.ai/en/latest/features/lora.html",
         until="TRL passes a lora_request in colocate mode",
         rewrite=LoraRequest,
-    ),
+    )
+    for owner in OWNERS
+    for era in owner.samples
 )

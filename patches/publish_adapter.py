@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, reads, statement
+from patchfastrl.rewrite import Rewrite, at_start, reads
 from patchfastrl.seam import Seam
+
+from .releases import OWNERS, between, outside
 
 
 class PublishAdapter(Rewrite):
-    """``return publish(self)`` becomes the first statement of ``sync_weights``."""
+    """``return publish(self)`` becomes the first statement of the method `name`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
 
     def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
-        if not reads(original_node.name, "sync_weights"):
+        if not reads(original_node.name, self.name):
             return updated_node
         self.found += 1
-        body = list(updated_node.body.body)
-        first = 0 if original_node.get_docstring() is None else 1
-        body.insert(first, statement("return @publish(self)"))
-        return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
+        return at_start(updated_node, "return @publish(self)")
 
 
-SEAMS = (
+SEAMS = tuple(
     Seam(
-        name="engine.publish",
-        target="trl.generation.vllm_generation:VLLMGeneration.sync_weights",
-        requires="trl>=1.10,<1.17",
+        name=f"{owner.name}.publish",
+        target=f"{owner.target}.{owner.syncs}",
+        requires=between(owner.first, owner.end),
+        absent=outside(owner.first, owner.end),
         count=1,
         reason="merging changes the base weights that the engine shares (and drifts in bf16); load_weights writes them",
         link="https://github.com/huggingface/trl/issues/6688",
         until="TRL can sync an adapter to a colocated engine without merging",
-        rewrite=PublishAdapter,
-    ),
+        rewrite=functools.partial(PublishAdapter, owner.syncs),
+    )
+    for owner in OWNERS
 )

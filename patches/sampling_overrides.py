@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, expression, reads
+from patchfastrl.rewrite import Rewrite, expression, reads, with_leading
 from patchfastrl.seam import Seam
+
+from .releases import END, ENGINE_CLASS, SAMPLES, between, outside, trainer, upstream
 
 
 class SamplingOverrides(Rewrite):
@@ -23,16 +25,32 @@ class SamplingOverrides(Rewrite):
         return updated_node.with_changes(args=args)
 
 
+class SamplingSettings(Rewrite):
+    """``SamplingParams(...)`` becomes ``sampling_params(SamplingParams, self.args, ...)``, every argument kept."""
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
+        if not reads(original_node.func, "SamplingParams"):
+            return updated_node
+        self.found += 1
+        return with_leading(updated_node, "@sampling_params", "SamplingParams", "self.args")
+
+
 SEAMS = tuple(
     Seam(
-        name=f"{trainer.lower()}.sampling_overrides",
-        target=f"trl.trainer.{trainer.lower()}_trainer:{trainer}Trainer.__init__",
-        requires="trl>=1.10,<1.17",
+        name=f"{name.lower()}.sampling_overrides",
+        target=trainer(name, method),
+        requires=between(since, end),
+        absent=outside(first),
         count=1,
         reason="vllm_sampling_params are checked against what TRL must control, then sent along with generation_kwargs",
-        link=f"https://github.com/huggingface/trl/blob/main/trl/trainer/{trainer.lower()}_trainer.py",
+        link=upstream(f"trainer/{name.lower()}_trainer.py"),
         until="TRL's configurations take a SamplingParams",
-        rewrite=SamplingOverrides,
+        rewrite=rewrite,
     )
-    for trainer in ("GRPO", "RLOO")
+    for name, first in SAMPLES.items()
+    for method, since, end, rewrite in (
+        ("_generate_and_score_completions", first, "0.24", SamplingSettings),
+        ("_generate_single_turn", "0.24", ENGINE_CLASS, SamplingSettings),
+        ("__init__", ENGINE_CLASS, END, SamplingOverrides),
+    )
 )

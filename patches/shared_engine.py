@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, expression, reads
+from patchfastrl.rewrite import Rewrite, reads, with_leading
 from patchfastrl.seam import Seam
+
+from .releases import OWNERS, between, outside
 
 
 class SharedEngine(Rewrite):
@@ -15,22 +17,20 @@ class SharedEngine(Rewrite):
         if not reads(original_node.func, "LLM"):
             return updated_node
         self.found += 1
-        # The first argument's own white space is upstream's layout: one argument a line.
-        between = updated_node.whitespace_before_args
-        comma = cst.Comma(whitespace_after=between if between is not None else cst.SimpleWhitespace(" "))
-        leading = [cst.Arg(cst.Name("LLM"), comma=comma), cst.Arg(cst.Name("self"), comma=comma)]
-        return updated_node.with_changes(func=expression("@build_engine"), args=[*leading, *updated_node.args])
+        return with_leading(updated_node, "@build_engine", "LLM", "self")
 
 
-SEAMS = (
+SEAMS = tuple(
     Seam(
-        name="engine.build",
-        target="trl.generation.vllm_generation:VLLMGeneration._init_vllm",
-        requires="trl>=1.10,<1.17",
+        name=f"{owner.name}.build",
+        target=f"{owner.target}.{owner.builds}",
+        requires=between(owner.first, owner.end),
+        absent=outside(owner.first, owner.end),
         count=1,
         reason="TRL's own engine reads a second copy of the weights from disk",
-        link="https://github.com/huggingface/trl/blob/main/trl/generation/vllm_generation.py",
+        link=owner.link,
         until="VLLMGeneration can be given a ready engine",
         rewrite=SharedEngine,
-    ),
+    )
+    for owner in OWNERS
 )

@@ -1,4 +1,4 @@
-"""The command `patchfastrl`: run, doctor, show. Everything heavy is imported by the command that needs it."""
+"""The command `patchfastrl`. Everything heavy is imported by the command that needs it."""
 
 from __future__ import annotations
 
@@ -66,6 +66,28 @@ exit code: 0, 1 when a seam cannot be shown on this installation, 2 for a name t
 """
 
 
+_CHECK_SOURCE = """\
+Rewrites and compiles TRL's source as PatchFastRL() would, and counts what each seam matches. TRL is
+not imported and need not be installed: a VERSION is fetched with `pip download`, a WHEEL or a
+CHECKOUT (a folder with trl/ in it) is read where it lies. With nothing named, the newest release
+that pip finds. For a seam that no longer fits, prints how the function differs from the last release
+in which it did.
+
+exit code: 0 when all of it fits; 1 when a seam does not, or when no seam was declared for a release.
+"""
+
+_CHECK_SOURCE_EXAMPLES = """\
+examples:
+  patchfastrl check-source                          the newest release
+  patchfastrl check-source 1.16.0 ../trl            a release, and a checkout of TRL
+  patchfastrl check-source --all --wheels ~/wheels  every release that the seams are declared for
+
+a scheduled job (crontab) that writes a mail on the day that TRL moves away:
+  MAILTO=team@example.com
+  0 6 * * * patchfastrl check-source > /tmp/trl.txt 2>&1 || cat /tmp/trl.txt
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
@@ -91,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"patchfastrl {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="{run,doctor,show}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{run,doctor,show,check-source}", required=True)
 
     def command(name: str, run: Command, help: str, **texts: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
@@ -122,6 +144,17 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "print the changes to TRL's source as a diff", description=_SHOW)
     show.add_argument("seam", nargs="?", help="only this one; --list prints the names")
     show.add_argument("--list", action="store_true", help="each seam's name, its target and why it exists")
+
+    check = command(
+        "check-source",
+        _check_source,
+        "check TRL releases against the seams, without installing them",
+        description=_CHECK_SOURCE,
+        epilog=_CHECK_SOURCE_EXAMPLES,
+    )
+    check.add_argument("what", nargs="*", metavar="VERSION|WHEEL|CHECKOUT", help="what to check")
+    check.add_argument("--all", action="store_true", help="every release that the seams are declared for")
+    check.add_argument("--wheels", metavar="FOLDER", help="keep fetched wheels here, and use those that lie here")
     return parser
 
 
@@ -218,6 +251,20 @@ def _show(arguments: argparse.Namespace) -> int:
     colours = {r"(?m)^\+.*$": "green", r"(?m)^-.*$": "red", r"(?m)^@.*$": "cyan"}
     _print(install.diff(arguments.seam).rstrip("\n"), colours)
     return 0
+
+
+def _check_source(arguments: argparse.Namespace) -> int:
+    from . import sources, wheels
+
+    fits = True
+    with wheels.Wheels(arguments.wheels) as fetched:
+        named = [*(sources.RELEASES if arguments.all else ()), *arguments.what]
+        for name in named or [wheels.NEWEST]:
+            check = sources.check(wheels.find(name, fetched))
+            fits = fits and check.fits
+            colours = {r"(?m)^\+.*$": "green", r"(?m)^-.*$": "red", r"(?m)^@.*$": "cyan"}
+            _print(sources.explain(check, fetched), colours)
+    return 0 if fits else 1
 
 
 def _print(text: str, colours: dict[str, str]) -> None:

@@ -182,7 +182,8 @@ def as_markdown(findings: Findings) -> str:
         ],
     )
     lines += ["", *_support(findings), ""]
-    seams = [(s.name, s.target, s.requires, str(s.expected), _count(s.found), s.status) for s in findings.seams]
+    here = [seam for seam in findings.seams if seam.status != "not for this version"]
+    seams = [(s.name, s.target, s.requires, str(s.expected), _count(s.found), s.status) for s in here]
     head = ("seam", "target", "requires", "expected", "found", "status")
     lines += _table(head, seams) if seams else ["Seams: none read."]
     gpus = [f"{gpu.name}, {gpu.memory} ({gpu.memory_free} free), driver {gpu.driver}" for gpu in findings.gpus]

@@ -157,7 +157,8 @@ def _seams() -> Sequence[Seam]:
 def _chosen() -> list[Seam]:
     from patchfastrl.compat.versions import installed
 
-    return [choose(candidates, installed) for candidates in variants(_seams()).values()]
+    chosen = (choose(candidates, installed) for candidates in variants(_seams()).values())
+    return [seam for seam in chosen if seam is not None]
 
 
 def _rewritten(seams: Iterable[Seam]) -> list[Rewritten]:
@@ -303,13 +304,13 @@ def diff(seam_name: str | None = None) -> str:
 
     Raises:
         SeamError: a seam does not fit the installed release.
-        PatchFastRLError: there is no seam of that name.
+        PatchFastRLError: the installed release has no seam of that name.
     """
     chosen = _chosen()
     seams = [seam for seam in chosen if seam_name in (None, seam.name)]
     if not seams:
         names = ", ".join(seam.name for seam in chosen)
-        raise PatchFastRLError(f"There is no seam {seam_name!r}. Expected one of: {names}.")
+        raise PatchFastRLError(f"There is no seam {seam_name!r} in the installed release. Expected one of: {names}.")
     files = _rewritten(seams)
     _judge(files, seams)
     text: list[str] = []
@@ -324,14 +325,14 @@ def report() -> list[SeamReport]:
     """How every seam fits what is installed, for `patchfastrl doctor`. What does not fit is told, not raised."""
     from patchfastrl.compat.versions import installed
 
-    chosen: dict[str, Seam] = {}
+    chosen: dict[str, Seam | None] = {}
     details: dict[str, str] = {}
     for name, candidates in variants(_seams()).items():
         try:
             chosen[name] = choose(candidates, installed)
         except PatchFastRLError as error:
             details[name] = str(error)
-    found = _found(list(chosen.values()), details)
+    found = _found([seam for seam in chosen.values() if seam is not None], details)
     reports: list[SeamReport] = []
     for seam in _seams():
         count, detail = None, details.get(seam.name, "")

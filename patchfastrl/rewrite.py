@@ -78,6 +78,28 @@ def statement(source: str) -> cst.SimpleStatementLine | cst.BaseCompoundStatemen
     return cst.parse_statement(source.replace("@", f"{RUNTIME}."))
 
 
+def with_leading(call: cst.Call, function: str, *leading: str) -> cst.Call:
+    """The call as one of `function`, with some arguments in front of its own."""
+    # The first argument's own white space is upstream's layout: one argument a line.
+    between = call.whitespace_before_args
+    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" ") if between.empty else between)
+    args = [cst.Arg(expression(source), comma=comma) for source in leading]
+    return call.with_changes(func=expression(function), args=[*args, *call.args])
+
+
+def with_keyword(call: cst.Call, keyword: str, source: str) -> cst.Call:
+    """The call with one keyword argument more, the last."""
+    equal = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+    return call.with_changes(args=[*call.args, cst.Arg(expression(source), keyword=cst.Name(keyword), equal=equal)])
+
+
+def at_start(function: cst.FunctionDef, source: str) -> cst.FunctionDef:
+    """The function with one statement more, the first after its docstring."""
+    body = list(function.body.body)
+    body.insert(0 if function.get_docstring() is None else 1, statement(source))
+    return function.with_changes(body=function.body.with_changes(body=body))
+
+
 def reads(node: cst.CSTNode | None, source: str) -> bool:
     """Whether an expression says `source`, whatever its layout, parentheses and commas.
 

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
     from .llm import SharedLLM
 
-__all__ = ["build_engine", "configure", "load_model", "lora_request", "publish", "sampling_overrides"]
+__all__ = [
+    "build_engine",
+    "configure",
+    "load_model",
+    "lora_request",
+    "publish",
+    "samples_by_itself",
+    "sampling_overrides",
+    "sampling_params",
+]
 
 logger = logging.getLogger("patchfastrl")
 
@@ -35,8 +44,12 @@ _environment: dict[str, str | None] = {}
 # Called from a trainer's __init__ -----------------------------------------------------------------------------------
 
 
-def configure(trainer: Any, args: Any, model: Any, peft_config: Any) -> Any:
-    """Turn vLLM on in `args` and refuse, before anything is allocated, what a shared engine cannot do."""
+def configure(trainer: Any, args: Any, model: Any, peft_config: Any, server_only: Any = None) -> Any:
+    """Turn vLLM on in `args` and refuse, before anything is allocated, what a shared engine cannot do.
+
+    Args:
+        server_only: the script's `rollout_func`, in a TRL release that would not call it in this process.
+    """
     from .install import settings
 
     _environment.update({name: os.environ.get(name) for name in _RENDEZVOUS})
@@ -49,11 +62,16 @@ def configure(trainer: Any, args: Any, model: Any, peft_config: Any) -> Any:
             "PatchFastRL: use_vllm is on (the script leaves it off); PatchFastRL(use_vllm='keep') leaves it alone."
         )
         args.use_vllm = True
+    if server_only is not None:
+        raise UnsupportedError(
+            "rollout_func: this TRL release calls it with vllm_mode='server' only, and the shared engine is not a "
+            "server. Install TRL 0.26.0 or newer, which calls it in colocate mode too, or train with stock TRL."
+        )
     if args.vllm_mode == "server":
         logger.warning("PatchFastRL: the script asks for vllm_mode='server'; the engine runs in this process instead.")
     args.vllm_mode = "colocate"
     if (standby := standby_requested()) is not None:
-        args.vllm_enable_sleep_mode = standby
+        _set_standby(args, standby)
     _refuse_unsupported(args, model, peft_config)
     sampling_overrides(args)
     _trainers.add(trainer)
@@ -70,6 +88,17 @@ def standby_requested() -> bool | None:
     if value.lower() in ("0", "false", "no", "off"):
         return False
     raise UnsupportedError(f"{STANDBY}={value!r}: set it to 1 or 0.")
+
+
+def _set_standby(args: Any, standby: bool) -> None:
+    if hasattr(args, "vllm_enable_sleep_mode"):
+        args.vllm_enable_sleep_mode = standby
+    elif standby:
+        raise UnsupportedError(
+            f"{STANDBY} asks for standby, but {type(args).__name__} of this TRL release has no vllm_enable_sleep_mode: "
+            "its trainer never puts the engine to sleep. The first releases that do: 0.23.0 for GRPO, 0.24.0 for RLOO. "
+            f"Install one, or set {STANDBY}=0."
+        )
 
 
 def _refuse_unsupported(args: Any, model: Any, peft_config: Any) -> None:
@@ -124,12 +153,16 @@ def _fp32_head(dtype: Any) -> UnsupportedError:
     )
 
 
-def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dict[str, Any]) -> nn.Module:
-    """TRL's `create_model_from_path`, in the dtype that both sides can share.
+def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dict[str, Any], dtype: str) -> nn.Module:
+    """TRL's way to load a model by name, in the dtype that both sides can share.
 
     With LoRA the base is frozen and both sides take the checkpoint's dtype (TRL alone would load the trainer's in
     float32 and the engine's in the checkpoint's). Full fine-tuning keeps TRL's default, and a script's own `dtype`
     always holds.
+
+    Args:
+        create: TRL's `create_model_from_path`, or a `from_pretrained` in its older releases.
+        dtype: how `create` calls the precision: ``"dtype"`` or ``"torch_dtype"``.
     """
     asked = [n for n in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(n)]
     if args.use_vllm and asked:
@@ -138,12 +171,23 @@ def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dic
             "the frozen 16-bit base exists once), or train with stock TRL."
         )
     if peft_config is not None and args.use_vllm and "dtype" not in kwargs and "torch_dtype" not in kwargs:
-        kwargs = {**kwargs, "dtype": "auto"}
-        logger.warning("PatchFastRL: the frozen base is loaded in its checkpoint's dtype; set `dtype` for another one.")
+        kwargs = {**kwargs, dtype: "auto"}
+        logger.warning(
+            "PatchFastRL: the frozen base is loaded in its checkpoint's dtype; set `%s` for another one.", dtype
+        )
     loaded = create(model, **kwargs)
     if args.use_vllm and getattr(args, "cast_lm_head_to_fp32", False) and str(loaded.dtype) != "torch.float32":
         raise _fp32_head(loaded.dtype)
     return loaded
+
+
+def samples_by_itself(trainer: Any) -> None:
+    """Said by a trainer that TRL gave no vLLM path yet, and that PatchFastRL leaves as it is."""
+    logger.warning(
+        "PatchFastRL: %s of this TRL release has no vLLM path. It samples with transformers, as it does without "
+        "PatchFastRL; from TRL 0.22.0 on it samples from the shared engine.",
+        type(trainer).__name__,
+    )
 
 
 # Called from the engine's owner (VLLMGeneration, or an older trainer) -----------------------------------------------
@@ -163,6 +207,9 @@ def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
             f"{type(owner).__name__}. It is not supported yet: set use_vllm=False, or leave PatchFastRL() out."
         )
     kwargs.pop("model", None)  # the checkpoint's name: weights and configuration come from the live model
+    # What vLLM's in-process executor reads. TRL sets it too, from 0.20 on.
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        os.environ.setdefault(name, value)
     if _environment.get("MASTER_PORT") is None:
         os.environ["MASTER_PORT"] = str(_free_port())  # TRL's choice is one of four, which others start with as well
     try:
@@ -199,6 +246,11 @@ def lora_request(llm: SharedLLM) -> Any:
     """
     llm.publish()
     return llm.current_request()
+
+
+def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
+    """In place of `SamplingParams(...)`: TRL's settings with `args.vllm_sampling_params` on top."""
+    return params_class(**{**settings, **(sampling_overrides(args) or {})})
 
 
 # For people ---------------------------------------------------------------------------------------------------------

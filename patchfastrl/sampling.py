@@ -57,7 +57,7 @@ def sampling_overrides(args: Any) -> dict[str, Any] | None:
     if unknown:
         raise UnsupportedError(f"vllm.SamplingParams has no {', '.join(unknown)} in the installed vLLM.")
     try:
-        SamplingParams(**{k: v for k, v in given.items() if k != "structured_outputs"})  # which TRL makes from a dict
+        SamplingParams(**{k: v for k, v in given.items() if k != "structured_outputs"})  # which may be a dict here
     except (TypeError, ValueError, VLLMValidationError) as error:
         raise UnsupportedError(f"vLLM refuses vllm_sampling_params={dict(given)}: {error}") from error
     for name, value in given.items():
@@ -77,4 +77,9 @@ def sampling_overrides(args: Any) -> dict[str, Any] | None:
             raise UnsupportedError(
                 f"{name} is {value!r} in vllm_sampling_params and {base[name]!r} in generation_kwargs. Set it once."
             )
-    return {**(base or {}), **given}
+    merged = {**(base or {}), **given}
+    if isinstance(given.get("structured_outputs"), dict):  # TRL does this since 0.29
+        from vllm.sampling_params import StructuredOutputsParams
+
+        merged["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
+    return merged

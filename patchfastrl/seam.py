@@ -26,12 +26,13 @@ class Seam:
     Args:
         name: what errors, `patchfastrl show` and `patchfastrl doctor` call it, e.g. ``"engine.build"``.
         target: ``"module:Qualified.name"`` of the function that holds the expression, or of the class attribute.
-        requires: the releases whose source this was written for, e.g. ``"trl>=1.10,<1.17"``.
+        requires: the releases whose source this was written for, e.g. ``"trl>=0.28,<1.17"``.
         count: how many nodes of the target it must match; any other number stops the installation.
         reason: why it exists.
         link: the upstream code or issue.
         until: when it can be deleted.
         rewrite: makes the transformer that matches, counts and replaces.
+        absent: the known releases in which there is nothing to replace; every other release is refused.
     """
 
     name: str
@@ -42,10 +43,16 @@ class Seam:
     link: str
     until: str
     rewrite: Callable[[], Rewrite]
+    absent: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
         return self.target.partition(":")[0]
+
+    @property
+    def file(self) -> str:
+        """The module's file, from the folder that holds the package."""
+        return self.module.replace(".", "/") + ".py"
 
     @property
     def qualname(self) -> str:
@@ -57,6 +64,9 @@ class Seam:
 
     def holds_for(self, version: Version) -> bool:
         return self.requirement.specifier.contains(version, prereleases=True)
+
+    def absent_in(self, version: Version) -> bool:
+        return any(Requirement(known).specifier.contains(version, prereleases=True) for known in self.absent)
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ def variants(seams: Iterable[Seam]) -> dict[str, list[Seam]]:
     return by_name
 
 
-def choose(candidates: list[Seam], version: Callable[[str], Version | None]) -> Seam:
-    """The variant of a seam that was written for what is installed.
+def choose(candidates: list[Seam], version: Callable[[str], Version | None]) -> Seam | None:
+    """The variant of a seam that was written for what is installed; None when that release has nothing to replace.
 
     Args:
         candidates: all variants of one seam.
@@ -104,6 +114,8 @@ def choose(candidates: list[Seam], version: Callable[[str], Version | None]) -> 
             expected=supported,
         )
     fitting = [seam for seam in candidates if seam.holds_for(found)]
+    if not fitting and any(seam.absent_in(found) for seam in candidates):
+        return None
     if len(fitting) != 1:
         raise SeamError(
             f"Seam {name!r} was not written for {package} {found}: found {package} {found}, expected {supported}. "

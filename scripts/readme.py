@@ -11,6 +11,7 @@ from pathlib import Path
 from patchfastrl.compat import support
 from patchfastrl.errors import PatchFastRLError
 from patchfastrl.patches import SEAMS
+from patchfastrl.seam import variants
 
 
 def generated(text: str) -> str:
@@ -19,13 +20,20 @@ def generated(text: str) -> str:
 
 
 def _seams() -> str:
-    """One line per change: GRPO's and RLOO's trainers have the same one, under two names."""
-    names: dict[tuple[str, str, str], list[str]] = {}
-    for seam in SEAMS:
-        names.setdefault((seam.reason, seam.requires, seam.until), []).append(f"[`{seam.name}`]({seam.link})")
+    """One line per change: it has a name for each class that it is made in."""
+    names: dict[tuple[str, str], list[str]] = {}
+    releases: dict[tuple[str, str], list[str]] = {}
+    for seams in variants(SEAMS).values():
+        oldest, newest = seams[0], seams[-1]
+        change = (oldest.reason, oldest.until)
+        names.setdefault(change, []).append(f"[`{oldest.name}`]({newest.link})")
+        span = f"`{oldest.requires.partition(',')[0]},{newest.requires.partition(',')[2]}`"
+        releases.setdefault(change, []).append(span)
     lines = ["| seam | why | written for | until |", "| --- | --- | --- | --- |"]
-    for (reason, requires, until), which in names.items():
-        lines.append(f"| {' '.join(dict.fromkeys(which))} | {reason} | `{requires}` | {until} |")
+    for change, which in names.items():
+        reason, until = change
+        spans = ", ".join(dict.fromkeys(releases[change]))
+        lines.append(f"| {' '.join(which)} | {reason} | {spans} | {until} |")
     return "\n".join(lines)
 
 

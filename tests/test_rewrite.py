@@ -29,7 +29,7 @@ TRAINER = {
     "load_model": [
         IMPORT,
         "-            model = create_model_from_path(model, **model_init_kwargs)",
-        "+            model = patchfastrl_runtime.load_model(create_model_from_path, model, args, peft_config, model_init_kwargs)",
+        '+            model = patchfastrl_runtime.load_model(create_model_from_path, model, args, peft_config, model_init_kwargs, "dtype")',
     ],
     "trainer_mode": [IMPORT, "-        self.vllm_mode = args.vllm_mode", '+        self.vllm_mode = "colocate"'],
     "generation_mode": [IMPORT, "-                mode=args.vllm_mode,", '+                mode="colocate",'],
@@ -67,7 +67,7 @@ def test_before_and_after(seam: str) -> None:
 
 
 def test_every_seam_has_a_before_and_after() -> None:
-    assert {seam.name for seam in install._seams()} == set(EXPECTED)
+    assert {seam.name for seam in install._chosen()} == set(EXPECTED)
 
 
 def test_the_rest_of_a_file_is_untouched() -> None:
@@ -91,7 +91,8 @@ def test_diff_knows_its_seams() -> None:
 def test_looking_imports_nothing_of_trl() -> None:
     code = (
         "import sys, patchfastrl.install as i; i.diff(); r = i.report(); "
-        "assert {x.status for x in r} == {'ok'}, r; assert all(x.found == x.expected for x in r); "
+        "assert {x.status for x in r} == {'ok', 'not for this version'}, r; "
+        "assert all(x.found == x.expected for x in r if x.status == 'ok'); "
         "assert not [n for n in sys.modules if n.split('.')[0] in ('trl', 'torch', 'vllm', 'transformers')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,14 +13,15 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from patchfastrl import install
 from patchfastrl.errors import SeamError
 from patchfastrl.seam import choose, variants
+from patchfastrl.sources import RELEASES
 
-SEAMS = {seam.name: seam for seam in install._seams()}
-RELEASES = ("1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.14.0", "1.14.2", "1.15.0", "1.16.0")
+SEAMS = {seam.name: seam for seam in install._chosen()}
 
 
 def test_declarations_are_complete() -> None:
@@ -30,12 +32,50 @@ def test_declarations_are_complete() -> None:
         assert seam.reason
         assert seam.until
         assert seam.module.startswith(f"{seam.requirement.name}.")
+        assert all(Requirement(known).name == seam.requirement.name for known in seam.absent)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_one_variant_per_release(release: str) -> None:
+# The first release that has a seam, and the first that has it no longer.
+SPANS = {
+    **{f"grpo.{n}": ("0.18.0", None) for n in ("configure", "load_model", "trainer_mode", "sampling_overrides")},
+    **{f"rloo.{n}": ("0.22.0", None) for n in ("configure", "load_model", "trainer_mode", "sampling_overrides")},
+    **{f"grpo.{n}": ("0.18.0", None) for n in ("config_field", "config_json")},
+    **{f"rloo.{n}": ("0.22.0", None) for n in ("config_field", "config_json")},
+    **{f"{trainer}.generation_mode": ("0.28.0", None) for trainer in ("grpo", "rloo")},
+    **{f"grpo.{n}": ("0.18.0", "0.28.0") for n in ("build", "publish", "lora_request")},
+    **{f"rloo.{n}": ("0.22.0", "0.28.0") for n in ("build", "publish", "lora_request")},
+    **{f"engine.{n}": ("0.28.0", None) for n in ("build", "publish", "lora_request")},
+    **{f"{trainer}.reload": ("0.26.0", "0.28.0") for trainer in ("grpo", "rloo")},
+    "engine.reload": ("0.28.0", "1.10.0"),
+    "grpo.chat_template": ("0.25.0", "0.26.0"),
+    "rloo.chat_template": ("0.25.0", "0.27.0"),
+    "rloo.legacy": ("0.18.0", "0.22.0"),
+}
+
+
+@pytest.mark.parametrize("release", [Version(release) for release in RELEASES], ids=str)
+def test_one_variant_per_release(release: Version) -> None:
+    by_name = variants(install._seams())
+    assert by_name.keys() == SPANS.keys()
+    for name, candidates in by_name.items():
+        first, end = SPANS[name]
+        seam = choose(candidates, lambda _: release)
+        assert (seam is not None) == (Version(first) <= release and (end is None or release < Version(end))), name
+        assert seam is None or [other for other in candidates if other.holds_for(release)] == [seam]
+
+
+def test_absent_is_declared_too() -> None:
+    (seam,) = variants(install._seams())["rloo.configure"]
+    assert choose([seam], lambda _: Version("0.21.0")) is None
+    with pytest.raises(SeamError, match="was not written for trl 0.21.0"):
+        choose([dataclasses.replace(seam, absent=())], lambda _: Version("0.21.0"))
+
+
+@pytest.mark.parametrize("release", ["0.17.0", "1.17.0", "1.17.0.dev0"])
+def test_no_seam_is_silently_absent_from_an_unknown_release(release: str) -> None:
     for candidates in variants(install._seams()).values():
-        assert choose(candidates, lambda _: Version(release)).holds_for(Version(release))
+        with pytest.raises(SeamError):
+            choose(candidates, lambda _: Version(release))
 
 
 @pytest.mark.parametrize("release", ["0.17.0", "0.9", "1.17.0", "1.17.0.dev0", "2.0"])
@@ -43,8 +83,8 @@ def test_unknown_releases_are_refused(release: str) -> None:
     with pytest.raises(SeamError) as caught:
         choose([SEAMS["engine.build"]], lambda _: Version(release))
     error = caught.value
-    assert (error.seam, error.found, error.expected) == ("engine.build", release, "trl>=1.10,<1.17")
-    assert f"found trl {release}, expected trl>=1.10,<1.17" in str(error)
+    assert (error.seam, error.found, error.expected) == ("engine.build", release, "trl>=0.28,<1.17")
+    assert f"found trl {release}, expected trl>=0.28,<1.17" in str(error)
     assert "Nothing was changed" in str(error)
 
 
@@ -103,12 +143,12 @@ MUTATIONS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "config_field": (
-        "    vllm_structured_outputs_regex: str | None = field(\n",
+        "    vllm_gpu_memory_utilization: float = field(\n",
         {
-            "deleted": "    _: str | None = field(\n",
-            "renamed": "    vllm_structured_outputs_regexp: str | None = field(\n",
-            "duplicated": "    vllm_structured_outputs_regex: str | None = None\n"
-            "    vllm_structured_outputs_regex: str | None = field(\n",
+            "deleted": "    _: float = field(\n",
+            "renamed": "    vllm_gpu_memory_share: float = field(\n",
+            "duplicated": "    vllm_gpu_memory_utilization: float = 0.3\n"
+            "    vllm_gpu_memory_utilization: float = field(\n",
         },
     ),
     "config_json": (

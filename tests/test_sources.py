@@ -1,0 +1,304 @@
+"""Every TRL release's own source: each seam fits, and `patchfastrl check-source` tells when one does not."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from patchfastrl import sources
+from patchfastrl.cli import main
+from patchfastrl.errors import PatchFastRLError
+from patchfastrl.rewrite import Source, rewrite
+from patchfastrl.wheels import Package, Wheels, find, published
+
+GRPO, RLOO = "trl/trainer/grpo_trainer.py", "trl/trainer/rloo_trainer.py"
+CONFIG, ENGINE = "trl/trainer/grpo_config.py", "trl/generation/vllm_generation.py"
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Wheels are fetched once, and stay in pytest's cache."""
+    assert request.config.cache is not None
+    return request.config.cache.mkdir("trl-wheels")
+
+
+@pytest.fixture(scope="module")
+def wheels(folder: Path) -> Iterator[Wheels]:
+    with Wheels(folder) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("release", sources.RELEASES)
+def test_every_seam_fits(release: str, wheels: Wheels) -> None:
+    checked = sources.check(published(release, wheels))
+    assert sources.explain(checked, wheels) == f"trl {release}: ok, {len(checked.seams)} seams"
+
+
+def changes(release: str, file: str, wheels: Wheels) -> list[str]:
+    """What the seams change in one file: lines that go, and lines that come."""
+    root = published(release, wheels).root
+    seams = [seam for seam in sources._declared(Version(release)) or [] if seam.file == file]
+    rewritten = rewrite(Source.read(seams[0].module, root / file, seams[0]), seams)
+    compared = difflib.ndiff(rewritten.source.text.split("\n"), rewritten.text.split("\n"))
+    return [f"{line[0]} {line[2:].strip()}" for line in compared if line[0] in "+-" and "#" not in line]
+
+
+CREATE = "args, peft_config, model_init_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("release", "file", "before", "after"),
+    [
+        (
+            "0.18.2",
+            GRPO,
+            "model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)",
+            f'model = @load_model(AutoModelForCausalLM.from_pretrained, model, {CREATE}, "torch_dtype")',
+        ),
+        (
+            "0.22.2",
+            RLOO,
+            "model = architecture.from_pretrained(model_id, **model_init_kwargs)",
+            f'model = @load_model(architecture.from_pretrained, model_id, {CREATE}, "torch_dtype")',
+        ),
+        (
+            "0.26.2",
+            RLOO,
+            "model = architecture.from_pretrained(model_id, **model_init_kwargs)",
+            f'model = @load_model(architecture.from_pretrained, model_id, {CREATE}, "dtype")',
+        ),
+        (
+            "0.27.2",
+            RLOO,
+            "model = create_model_from_path(model, **model_init_kwargs)",
+            f'model = @load_model(create_model_from_path, model, {CREATE}, "dtype")',
+        ),
+        ("0.18.2", GRPO, "sampling_params = SamplingParams(", "sampling_params = @sampling_params("),
+        (
+            "0.24.0",
+            GRPO,
+            "sampling_params = SamplingParams(**generation_kwargs)",
+            "sampling_params = @sampling_params(SamplingParams, self.args, **generation_kwargs)",
+        ),
+        ("0.23.1", RLOO, "self.llm = LLM(", "self.llm = @build_engine("),
+        ("0.23.1", RLOO, None, "return @publish(self)"),
+        (
+            "0.25.1",
+            GRPO,
+            "all_outputs = self.llm.chat(all_prompts, sampling_params=sampling_params, use_tqdm=False)",
+            "all_outputs = self.llm.chat(all_prompts, sampling_params=sampling_params, use_tqdm=False, "
+            "lora_request=@lora_request(self.llm), chat_template_kwargs=self.chat_template_kwargs)",
+        ),
+        ("0.25.1", GRPO, None, "args = @configure(self, args, model, peft_config, server_only=rollout_func)"),
+        ("0.26.0", GRPO, None, "args = @configure(self, args, model, peft_config)"),
+        (
+            "0.26.2",
+            RLOO,
+            "all_outputs = self.llm.chat(all_prompts, sampling_params=sampling_params, use_tqdm=False)",
+            "all_outputs = self.llm.chat(all_prompts, sampling_params=sampling_params, use_tqdm=False, "
+            "lora_request=@lora_request(self.llm), chat_template_kwargs=self.chat_template_kwargs)",
+        ),
+        ("0.27.2", GRPO, 'self.llm.collective_rpc("reload_weights")', None),
+        ("0.28.0", ENGINE, 'self.llm.collective_rpc("reload_weights")', None),
+        ("1.9.2", ENGINE, "except NotImplementedError:", None),
+        ("0.21.0", RLOO, None, "@samples_by_itself(self)"),
+        (
+            "0.18.2",
+            CONFIG,
+            '_VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]',
+            '_VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["vllm_sampling_params", "model_init_kwargs"]',
+        ),
+    ],
+)
+def test_before_and_after(release: str, file: str, before: str | None, after: str | None, wheels: Wheels) -> None:
+    changed = changes(release, file, wheels)
+    assert before is None or f"- {before}" in changed
+    assert after is None or f"+ {after.replace('@', 'patchfastrl_runtime.')}" in changed
+
+
+@pytest.mark.parametrize("release", ["0.26.0", "0.27.2", "0.28.0", "0.29.0", "1.9.2"])
+def test_nothing_reloads_a_checkpoint(release: str, wheels: Wheels) -> None:
+    root = published(release, wheels).root
+    for file in (GRPO, RLOO, ENGINE):
+        seams = [seam for seam in sources._declared(Version(release)) or [] if seam.file == file]
+        if seams:
+            text = rewrite(Source.read(seams[0].module, root / file, seams[0]), seams).text
+            assert '"reload_weights"' not in text
+
+
+# Sources that changed -----------------------------------------------------------------------------------------------
+
+
+def checkout(release: str, folder: Path, to: Path) -> Path:
+    """A checkout of TRL, as far as seams look at it."""
+    with zipfile.ZipFile(next(folder.glob(f"trl-{release}-*.whl"))) as archive:
+        archive.extractall(to, [name for name in archive.namelist() if name.startswith(("trl/trainer", "trl/gen"))])
+    (to / "VERSION").write_text(f"{release}\n", encoding="utf-8")
+    return to
+
+
+LLM = "                self.llm = LLM(\n"
+RPC = '                self.llm.collective_rpc("reload_weights")\n'
+SYNC = "    def _move_model_to_vllm(self):\n"
+TRY = "            except NotImplementedError:\n"
+# A seam of a release, its anchor in TRL's text, and the text with it deleted, renamed and duplicated.
+MUTATIONS = [
+    (
+        ("0.18.2", "grpo.load_model", GRPO, "            model = AutoModelForCausalLM.from_pretrained(model,"),
+        ("            model = dict(model,", "            model = AutoModel.from_pretrained(model,"),
+        "            model = AutoModelForCausalLM.from_pretrained(model, **model_init_kwargs)\n",
+    ),
+    (
+        ("0.18.2", "grpo.sampling_overrides", GRPO, "                sampling_params = SamplingParams(\n"),
+        ("                sampling_params = dict(\n", "                sampling_params = Params(\n"),
+        "                sampling_params = SamplingParams()\n",
+    ),
+    (
+        ("0.22.2", "rloo.configure", RLOO, "        # Args\n        if args is None:\n"),
+        ("        if True:\n", "        if arguments is None:\n"),
+        "        if args is None:\n            pass\n",
+    ),
+    (
+        ("0.22.2", "rloo.build", RLOO, LLM),
+        (LLM.replace("LLM", "dict"), LLM.replace("LLM", "AsyncLLM")),
+        LLM.replace("(", "()"),
+    ),
+    (
+        ("0.23.1", "rloo.publish", RLOO, SYNC),
+        (SYNC.replace("_move_model_to_vllm", "_"), SYNC.replace("_move_model", "_push_model")),
+        f"{SYNC}        pass\n\n",
+    ),
+    (
+        ("0.25.1", "grpo.lora_request", GRPO, "                        all_outputs = self.llm.chat("),
+        ("                        all_outputs = dict(", "                        all_outputs = self.engine.chat("),
+        "                        self.llm.chat()\n",
+    ),
+    (("0.27.2", "grpo.reload", GRPO, RPC), ("", RPC.replace("reload", "restore")), RPC),
+    (
+        ("1.9.2", "engine.reload", ENGINE, TRY),
+        ("            finally:\n", TRY.replace("Not", "Un")),
+        f"{TRY}                0\n",
+    ),
+    (
+        ("1.16.0", "grpo.config_field", CONFIG, "    vllm_gpu_memory_utilization: float = field(\n"),
+        ("    _: float = field(\n", "    vllm_memory: float = field(\n"),
+        "    vllm_gpu_memory_utilization: float = 0.3\n",
+    ),
+]
+CASES = [
+    pytest.param(*where, text, id=f"{where[0]} {where[1]} {kind}")
+    for where, (deleted, renamed), more in MUTATIONS
+    for kind, text in (("deleted", deleted), ("renamed", renamed), ("duplicated", more + where[3]))
+]
+
+
+@pytest.mark.parametrize(("release", "seam", "file", "anchor", "text"), CASES)
+def test_a_changed_source_is_reported(
+    release: str,
+    seam: str,
+    file: str,
+    anchor: str,
+    text: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = checkout(release, folder, tmp_path)
+    upstream = (root / file).read_text(encoding="utf-8")
+    assert upstream.count(anchor) == 1
+    (root / file).write_text(upstream.replace(anchor, text), encoding="utf-8")
+    assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"trl {release}: BROKEN\n")
+    told = re.search(rf"  {seam} in (\S+)\n    expected (\d) match\(es\), found (\d)\n", printed)
+    assert told is not None
+    assert told[2] != told[3]
+    assert f"--- {release} {told[1]}\n" in printed
+    changed = {line for line in printed.split("\n") if line[:1] in "+-"}
+    expected = {f"-{line}" for line in upstream.split("\n")} | {f"+{line}" for line in text.split("\n")}
+    assert any(line in expected for line in changed)
+
+
+def test_a_release_that_nobody_declared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = checkout("1.16.0", folder, tmp_path)
+    (root / "VERSION").write_text("1.17.0.dev0\n", encoding="utf-8")
+    assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("trl 1.17.0.dev0: NOT DECLARED\n")
+    assert "tried were the 17 of 1.16.0" in printed
+    assert "all of them fit" in printed
+    (root / ENGINE).unlink()
+    assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "trl 1.17.0.dev0: BROKEN" in printed
+    assert f"{ENGINE}'" in printed
+    assert "-    def sync_weights(self):" in printed
+
+
+def test_a_source_that_is_not_python_or_does_not_compile(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = checkout("1.16.0", folder, tmp_path)
+    text = (root / GRPO).read_text(encoding="utf-8")
+    (root / GRPO).write_text(f"{text}\nreturn\ndef (:\n", encoding="utf-8")
+    assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
+    assert "found invalid syntax" in capsys.readouterr().out
+
+
+def test_wheels_are_kept_and_named_wheels_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (wheel,) = folder.glob("trl-0.24.0-*.whl")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched once more"))
+    assert main(["check-source", "0.24.0", str(wheel), "--wheels", str(folder)]) == 0
+    assert capsys.readouterr().out == "trl 0.24.0: ok, 18 seams\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("trl", "Invalid version"), ("x.whl", "Invalid version"), ("1.16.99", "pip could not fetch")]
+)
+def test_what_stands_for_nothing(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Wheels() as opened, pytest.raises(PatchFastRLError, match=message):
+        find(name, opened)
+
+
+def test_a_folder_without_a_release(tmp_path: Path) -> None:
+    with Wheels() as opened, pytest.raises(PatchFastRLError, match="does not say which release"):
+        find(str(tmp_path), opened)
+    for name, text in (
+        ("trl/__init__.py", '__version__ = "0.21.0"\n'),
+        ("trl/VERSION", "0.22.0\n"),
+        ("VERSION", "1.16.0"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with Wheels() as opened:
+            assert find(str(tmp_path), opened) == Package(
+                tmp_path, Version(text.split('"')[-2] if '"' in text else text), False
+            )
+
+
+def test_checking_imports_nothing_of_trl(folder: Path) -> None:
+    code = (
+        "import sys; from patchfastrl.cli import main; "
+        f"assert main(['check-source', '1.16.0', '--wheels', {str(folder)!r}]) == 0; "
+        "assert not [n for n in sys.modules if n.split('.')[0] in ('trl', 'torch', 'vllm', 'transformers')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check-source", "--help"])
+    printed = capsys.readouterr().out
+    assert "exit code: 0" in printed
+    assert "0 6 * * * patchfastrl check-source" in printed
