@@ -10,7 +10,7 @@ demo: environment
 	@$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: lint
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Type checkers see patches/ and compat/ as sub-packages only where they lie as they are installed.
 lint: environment

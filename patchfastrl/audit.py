@@ -80,9 +80,9 @@ def _probe(llm: SharedLLM, what: str, length: int = 24) -> None:
     engine = torch.tensor([p[t].logprob for t, p in zip(ids[1:], output.prompt_logprobs[1:], strict=True)])
     trainer = logits[:-1].log_softmax(-1).cpu()[torch.arange(length - 1), torch.tensor(ids[1:])]
     distance = (engine - trainer).abs().mean().item()
-    # Rounding grows with the spread of the logits. In half precision, 32 layers deep, it is about 5 % of it.
+    # Rounding grows with the spread of the logits. In half precision, 32 layers deep, it is 5 to 7 % of it.
     exact = dtype_of(model) == torch.float32 and not llm.private
-    limit = (1e-3 if exact else 0.15) * logits.std(-1).mean().item()
+    limit = (1e-3 if exact else 0.2) * logits.std(-1).mean().item()
     if not distance <= limit:
         raise SharingError(
             f"On {what} the engine's log-probabilities differ from the model's by {distance:.4f} on average "

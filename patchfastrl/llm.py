@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from vllm import LLM, SamplingParams
 
-from . import adapters, guards, sharing
+from . import adapters, guards, memory, sharing
 from .compat import cpu_standby
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
@@ -241,6 +241,7 @@ class SharedLLM(LLM):
             if name not in ("_closed", "seconds", "publishes", "private"):
                 delattr(self, name)
         gc.collect()
+        memory.return_freed()
 
     def __getattr__(self, name: str) -> Any:
         if self.__dict__.get("_closed"):

@@ -38,7 +38,7 @@ _trainers: weakref.WeakSet[Any] = weakref.WeakSet()
 # TRL announces a process group of one in these for vLLM, and leaves them. The next trainer of the process would take
 # them for a launcher's, listen on the same port, and wrap its model for distributed training.
 _RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_environment: dict[str, str | None] = {}
+_environment: dict[str, str | None] = {name: os.environ.get(name) for name in _RENDEZVOUS}
 
 
 # Called from a trainer's __init__ -----------------------------------------------------------------------------------
@@ -195,6 +195,13 @@ def samples_by_itself(trainer: Any) -> None:
 
 def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
     """In place of `LLM(...)`: the engine round `owner.model`, or the one that the model brought along."""
+    try:
+        return _engine_for(llm_class, owner, kwargs)
+    finally:
+        _restore_environment()
+
+
+def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM:
     from vllm import LLM
 
     from . import engine
@@ -212,11 +219,8 @@ def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
         os.environ.setdefault(name, value)
     if _environment.get("MASTER_PORT") is None:
         os.environ["MASTER_PORT"] = str(_free_port())  # TRL's choice is one of four, which others start with as well
-    try:
-        ready = engine.brought_along(owner.model, kwargs)
-        return ready or engine.build(owner.model, owner.processing_class, **kwargs)
-    finally:
-        _restore_environment()
+    ready = engine.brought_along(owner.model, kwargs)
+    return ready or engine.build(owner.model, owner.processing_class, **kwargs)
 
 
 def _free_port() -> int:

@@ -233,16 +233,20 @@ def test_an_engine_for_nobody(tmp_path: Path) -> None:
     from accelerate import Accelerator
     from trl.generation.vllm_generation import VLLMGeneration
 
+    before = dict(os.environ)
     with pytest.raises(UnsupportedError, match=r"A trainer other than GRPOTrainer and RLOOTrainer"):
         VLLMGeneration(model=tiny.model(), accelerator=Accelerator(cpu=True), processing_class=tiny.tokenizer())
+    assert dict(os.environ) == before  # TRL announces a process group of one, for which accelerate would look
 
 
 def test_another_library_s_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trl.generation import vllm_generation
 
     monkeypatch.setattr(vllm_generation, "LLM", dict)
+    before = dict(os.environ)
     with pytest.raises(UnsupportedError, match="another library has replaced it"):
         tiny.trainer(tmp_path)
+    assert dict(os.environ) == before
 
 
 def test_a_trainer_can_be_made_after_a_refusal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
