@@ -11,7 +11,7 @@ from importlib import resources
 
 from packaging.version import Version
 
-from patchfastrl.errors import PatchFastRLError
+from patchfastrl.errors import PatchFastRLError, UnsupportedError
 
 # In order of weight: the nearest row is the one nearest in TRL, then in vLLM, and so on.
 PACKAGES = ("trl", "vllm", "torch", "transformers", "peft", "accelerate")
@@ -80,7 +80,46 @@ def row_for(found: Mapping[str, Version | None], *, platform: str, python: str) 
     candidates = [row for row in rows() if row.platform == platform]
     if not candidates:
         raise PatchFastRLError(f"No row of the support table is for platform {platform!r}: expected 'cpu' or 'cuda'.")
-    return min((_compare(row, found, python) for row in candidates), key=lambda match: _distance(match, found))
+    return min((_compare(row, found, python) for row in candidates), key=lambda match: _distance(match.row, found))
+
+
+def check(found: Mapping[str, Version | None], *, platform: str) -> None:
+    """Refuse releases that nobody has run together.
+
+    A TRL release goes with every vLLM minor release between those that ran with it, or with the releases of TRL in the
+    table just before and just after it. What is not installed is not judged.
+
+    Raises:
+        UnsupportedError: requested, found, the nearest pair that ran, and the line that installs it.
+    """
+    trl, vllm = found.get("trl"), found.get("vllm")
+    if trl is None or vllm is None:
+        return
+    ran = [row for row in rows() if row.status == "tested"]
+    nearest = min((row for row in ran if row.platform == platform), key=lambda row: _distance(row, found))
+    known = sorted({Version(row.trl) for row in ran})
+    if not _minor(known[0]) <= _minor(trl) <= _minor(known[-1]):
+        raise _unsupported(f"TRL {known[0]} to {known[-1]}", f"TRL {trl}", nearest)
+    around = {max((v for v in known if v <= trl), default=known[0]), min((v for v in known if v >= trl), default=trl)}
+    window = sorted(Version(row.vllm) for row in ran if Version(row.trl) in around)
+    if not _minor(window[0]) <= _minor(vllm) <= _minor(window[-1]):
+        expected = f"vLLM {window[0]}" + (f" to {window[-1]}" if window[0] != window[-1] else "") + f" with TRL {trl}"
+        raise _unsupported(expected, f"vLLM {vllm}", nearest)
+    for row in rows():
+        if row.status == "broken" and (row.trl, row.vllm, row.platform) == (trl.public, vllm.public, platform):
+            raise _unsupported("a pair that works", f"TRL {trl} with vLLM {vllm} ({row.notes})", nearest)
+
+
+def _minor(version: Version) -> tuple[int, int]:
+    return version.major, version.minor
+
+
+def _unsupported(expected: str, found: str, nearest: Row) -> UnsupportedError:
+    return UnsupportedError(
+        f"These releases were never run together. Expected: {expected}. Found: {found}. The nearest pair that was: TRL "
+        f"{nearest.trl} with vLLM {nearest.vllm}. Install it (`{pip_line(nearest)}`), or call "
+        "PatchFastRL(strict=False) to go on with stock TRL. Nothing was changed."
+    )
 
 
 def pip_line(row: Row) -> str:
@@ -113,8 +152,8 @@ def _compare(row: Row, found: Mapping[str, Version | None], python: str) -> Matc
     return Match(row, tuple(differ))
 
 
-def _distance(match: Match, found: Mapping[str, Version | None]) -> list[int]:
-    return [_gap(found.get(name), Version(getattr(match.row, name))) for name in PACKAGES]
+def _distance(row: Row, found: Mapping[str, Version | None]) -> list[int]:
+    return [_gap(found.get(name), Version(getattr(row, name))) for name in PACKAGES]
 
 
 def _gap(have: Version | None, want: Version) -> int:

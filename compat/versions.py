@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from importlib import metadata
 
 from packaging.version import InvalidVersion, Version
@@ -38,6 +39,22 @@ def platform() -> str:
         return "cpu"
     version = _lookup("vllm") or _lookup("torch")
     return "cpu" if version is not None and "cpu" in (version.local or "") else "cuda"
+
+
+def origin(name: str) -> str | None:
+    """Where an installed package came from when it is not a release of the registry: a repository, a folder, a wheel.
+
+    None for a release, and for what is not installed. https://packaging.python.org/specifications/direct-url/
+    """
+    version = installed(name)
+    for distribution in DISTRIBUTIONS.get(name, (name,)):
+        try:
+            text = metadata.distribution(distribution).read_text("direct_url.json")
+        except metadata.PackageNotFoundError:
+            continue
+        if text:
+            return str(json.loads(text)["url"])
+    return "a development version" if version is not None and version.is_devrelease else None
 
 
 def forget() -> None:

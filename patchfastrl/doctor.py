@@ -69,6 +69,10 @@ def examine() -> Findings:
             refused.append(str(error))
     refused += [f"{name} is not installed" for name in NEEDED if found[name] is None]
     kind = versions.platform()
+    try:
+        support.check(found, platform=kind)
+    except PatchFastRLError as error:
+        refused.append(str(error))
     python = platform.python_version()
     match = support.row_for(found, platform=kind, python=".".join(python.split(".")[:2]))
     findings = Findings(
@@ -150,9 +154,6 @@ def _judge(findings: Findings) -> None:
             f"torchvision {vision} is built for CUDA and torch {torch} for the CPU, so transformers fails to import: "
             "pip uninstall -y torchvision torchaudio torchcodec"
         )
-    match = findings.match
-    if match is not None and match.exact and match.row.status == "broken":
-        refused.append(f"this set of releases is known not to work: {match.row.notes}")
 
 
 def as_json(findings: Findings) -> str:

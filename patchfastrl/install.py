@@ -68,7 +68,7 @@ def PatchFastRL(
 
     Raises:
         SeamError: the installed TRL is not one whose source the seams fit. Nothing was changed.
-        UnsupportedError: an argument that is not one of the above.
+        UnsupportedError: releases that were never run together, or an argument that is not one of the above.
     """
     global _installation, _settings
     try:
@@ -155,8 +155,10 @@ def _seams() -> Sequence[Seam]:
 
 
 def _chosen() -> list[Seam]:
-    from patchfastrl.compat.versions import installed
+    from patchfastrl.compat import support
+    from patchfastrl.compat.versions import installed, platform
 
+    support.check({name: installed(name) for name in ("trl", "vllm")}, platform=platform())
     chosen = (choose(candidates, installed) for candidates in variants(_seams()).values())
     return [seam for seam in chosen if seam is not None]
 
@@ -199,15 +201,17 @@ def _judge(rewritten: Iterable[Rewritten], seams: Iterable[Seam]) -> None:
     broken = [seam for seam in seams if found[seam.name] != seam.count]
     if not broken:
         return
-    from patchfastrl.compat.versions import installed
+    from patchfastrl.compat.versions import installed, origin
 
     first = broken[0]
     package = first.requirement.name
+    source = origin(package)
     others = "".join(f" Seam {s.name!r} ({s.target}): expected {s.count}, found {found[s.name]}." for s in broken[1:])
     raise SeamError(
         f"Seam {first.name!r} does not fit the installed {package} {installed(package)}: expected {first.count} "
-        f"match(es) in {first.target}, found {found[first.name]}.{others} Nothing was changed. Is {package} modified, "
-        f'or installed from a branch? Reinstall it (pip install --force-reinstall --no-deps "{first.requires}"), see '
+        f"match(es) in {first.target}, found {found[first.name]}.{others} Nothing was changed. "
+        + (f"This {package} is no release ({source}). " if source else f"Has {package} been modified? ")
+        + f'Install a release (pip install --force-reinstall --no-deps "{first.requires}"), see '
         "`patchfastrl doctor`, or call PatchFastRL(strict=False) to go on with stock TRL.",
         seam=first.name,
         found=found[first.name],
@@ -219,12 +223,20 @@ class Installation:
     """One transaction: everything is matched and compiled when this is made, and changed by `install`."""
 
     def __init__(self, *, strict: bool) -> None:
+        from patchfastrl.compat.versions import installed, origin
+
         from .hook import Finder, Home, ModulePatch
         from .live import Journal
 
         seams = _chosen()
         rewritten = _rewritten(seams)
         _judge(rewritten, seams)
+        if source := origin("trl"):
+            logger.warning(
+                "PatchFastRL: TRL %s is no release (%s). Every seam matches it as declared, so it passes by its shape.",
+                installed("trl"),
+                source,
+            )
         self._strict = strict
         self._home = Home()
         try:

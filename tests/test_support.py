@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from patchfastrl.compat import support, versions
-from patchfastrl.errors import PatchFastRLError
+from patchfastrl.errors import PatchFastRLError, UnsupportedError
 
 ROOT = Path(__file__).parents[1]
 NEWEST = {"trl": "1.16.0", "vllm": "0.30.0", "torch": "2.13.0", "transformers": "5.23.0"}
@@ -238,3 +240,72 @@ def test_answers_are_remembered_until_forgotten(folder: Path) -> None:
     assert versions.installed("trl") is None
     versions.forget()
     assert versions.installed("trl") == Version("1.16.0")
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def _table(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[str, str, str]) -> None:
+    row = support.newest("cpu")
+    table = tuple(replace(row, trl=trl, vllm=vllm, status=status, notes="it hangs") for trl, vllm, status in pairs)
+    monkeypatch.setattr(support, "rows", lambda: table)
+
+
+TABLE = (("1.16.0", "0.30.0", "tested"), ("1.10.0", "0.26.0", "tested"), ("1.10.0", "0.25.0", "tested"))
+
+
+@pytest.mark.parametrize(
+    ("trl", "vllm"),
+    [("1.16.0", "0.30.0"), ("1.16.0", "0.30.2"), ("1.16.1", "0.30.0"), ("1.10.0", "0.25.1"), ("1.13.0", "0.28.0")],
+)
+def test_pairs_that_ran_or_lie_between_two_that_ran(trl: str, vllm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _table(monkeypatch, *TABLE)
+    support.check(_found(trl=trl, vllm=vllm), platform="cpu")
+
+
+@pytest.mark.parametrize(
+    ("trl", "vllm", "expected"),
+    [
+        ("1.17.0", "0.30.0", r"Expected: TRL 1\.10\.0 to 1\.16\.0\. Found: TRL 1\.17\.0\."),
+        ("1.17.0.dev0", "0.30.0", r"Found: TRL 1\.17\.0\.dev0\."),
+        ("0.17.0", "0.30.0", r"Found: TRL 0\.17\.0\..*TRL 1\.10\.0 with vLLM 0\.26\.0"),
+        ("1.16.0", "0.31.0", r"Expected: vLLM 0\.30\.0 with TRL 1\.16\.0\. Found: vLLM 0\.31\.0\."),
+        ("1.16.0", "0.29.0", r"Found: vLLM 0\.29\.0\..*TRL 1\.16\.0 with vLLM 0\.30\.0"),
+        ("1.10.0", "0.24.0", r"Expected: vLLM 0\.25\.0 to 0\.26\.0 with TRL 1\.10\.0\."),
+        ("1.13.0", "0.31.0", r"Expected: vLLM 0\.25\.0 to 0\.30\.0 with TRL 1\.13\.0\."),
+    ],
+)
+def test_pairs_that_never_ran_are_refused(trl: str, vllm: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _table(monkeypatch, *TABLE)
+    with pytest.raises(UnsupportedError, match=expected) as caught:
+        support.check(_found(trl=trl, vllm=vllm), platform="cpu")
+    assert "pip install" in str(caught.value)
+
+
+def test_a_pair_that_is_known_to_be_bad_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    _table(monkeypatch, *TABLE, ("1.10.0", "0.25.1", "broken"))
+    with pytest.raises(UnsupportedError, match=r"TRL 1\.10\.0 with vLLM 0\.25\.1 \(it hangs\)\..*vLLM 0\.2[56]\.0"):
+        support.check(_found(vllm="0.25.1", trl="1.10.0"), platform="cpu")
+
+
+@pytest.mark.parametrize("missing", ["trl", "vllm"])
+def test_what_is_not_installed_is_not_judged(missing: str) -> None:
+    support.check(_found(**{missing: None}), platform="cpu")
+
+
+def test_where_a_package_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, version, url in (
+        ("a_release", "1.0", None),
+        ("a_nightly", "1.1.dev3", None),
+        ("a_fork", "1.0", "https://example.com/fork.git"),
+    ):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        if url:
+            (folder / "direct_url.json").write_text(json.dumps({"url": url, "vcs_info": {"vcs": "git"}}))
+    assert versions.origin("a_release") is None
+    assert versions.origin("a_nightly") == "a development version"
+    assert versions.origin("a_fork") == "https://example.com/fork.git"
+    assert versions.origin("not_there") is None
