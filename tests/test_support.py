@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -309,3 +310,22 @@ def test_where_a_package_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert versions.origin("a_nightly") == "a development version"
     assert versions.origin("a_fork") == "https://example.com/fork.git"
     assert versions.origin("not_there") is None
+
+
+# One place for versions ---------------------------------------------------------------------------------------------
+
+
+def test_no_version_check_outside_compat_and_the_seams() -> None:
+    """The core asks for shapes. (`seam`, `sources` and `wheels` choose among the seams' declarations.)"""
+    compared = []
+    for path in sorted((ROOT / "patchfastrl").glob("*.py")):
+        if path.stem in ("seam", "sources", "wheels"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {n.attr if isinstance(n, ast.Attribute) else getattr(n, "id", "") for n in ast.walk(node)}
+            asks = isinstance(node, ast.Compare) and not any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
+            asks = asks and bool(names & {"Version", "installed", "__version__", "version_info"})
+            calls = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("_version", "compare_versions"))
+            if asks or calls:
+                compared.append(f"{path.name}: {ast.unparse(node)}")
+    assert compared == []
