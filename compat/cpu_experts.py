@@ -1,8 +1,8 @@
 """vLLM's CPU backend repacks the experts of a mixture: compute with the plain weights, as on a GPU.
 
 Requirement: vLLM on the CPU platform. Up to 0.26 the experts run in `cpu_fused_moe.CPUFusedMOE`, which has a plain path
-and only has to be told to take it (the first of these releases ask `_custom_ops`, later ones `check_grouped_gemm`); after
-that they run in `experts.cpu_moe.CPUUnquantizedExperts`, which has none.
+and only has to be told to take it (through `_custom_ops` in the first of these releases, `check_grouped_gemm` in later
+ones); after that they run in `experts.cpu_moe.CPUUnquantizedExperts`, which has none.
 Reason: a repacked copy cannot be the trainer's parameter.
 Link: vllm/model_executor/layers/fused_moe
 Until: vLLM can be asked for unpacked CPU weights.

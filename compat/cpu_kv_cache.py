@@ -1,8 +1,8 @@
-"""vLLM's CPU worker sizes its KV cache from an environment variable in whole GiB (4 when unset), and touches all of it.
+"""vLLM's CPU worker sizes its KV cache by an environment variable, in whole GiB: give it the number of bytes instead.
 
-Requirement: vLLM on the CPU platform up to the release that drops `CacheConfig.cpu_kvcache_space_bytes`; later ones read
+Requirement: vLLM on the CPU platform, as long as there is `CacheConfig.cpu_kvcache_space_bytes`; later releases read
 `kv_cache_memory_bytes` by themselves.
-Reason: the engine's budget is computed in bytes for the sequences that the trainer samples at once.
+Reason: the cache is as large as the sequences need that the trainer samples at once; vLLM's default is 4 GiB.
 Link: vllm/v1/worker/cpu_worker.py, `determine_available_memory`
 Until: the oldest supported vLLM reads `kv_cache_memory_bytes` on the CPU.
 """
