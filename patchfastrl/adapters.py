@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat import lora_model
 from .errors import AdapterError, UnsupportedError
 from .sharing import Plan
 
@@ -295,14 +296,13 @@ class Slot:
         return manager.lora_index_to_id.index(ADAPTER_ID)
 
     def _make_resident(self) -> int:
-        from vllm.lora.lora_model import LoRAModel
-
         manager = self._manager
         manager.remove_adapter(ADAPTER_ID)
         if len(manager) >= manager.capacity:
             manager.remove_oldest_adapter()
         # An adapter without tensors, which `add_adapter` would not take: activating it zeroes every layer's row.
-        manager._registered_adapters[ADAPTER_ID] = LoRAModel(ADAPTER_ID, manager.lora_config.max_lora_rank, {})
+        rank = manager.lora_config.max_lora_rank
+        manager._registered_adapters[ADAPTER_ID] = lora_model.without_tensors(ADAPTER_ID, rank)
         manager.activate_adapter(ADAPTER_ID)
         index = self._index()
         if index is None:

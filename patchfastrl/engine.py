@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 
 from . import adapters, guards, memory, sharing
 from .audit import audit
-from .compat import cpu_experts, cpu_linear, cpu_standby, cuda_weight_pool, expert_slots, import_errors
+from .compat import cpu_experts, cpu_kv_cache, cpu_linear, cpu_standby, cuda_weight_pool, expert_slots, import_errors
 from .errors import UnsupportedError
 from .llm import SharedLLM, live
 from .sharing import base_of, dtype_of
@@ -176,6 +176,7 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
         if on_cpu:
             stack.enter_context(cpu_linear.plain_weights())
             stack.enter_context(cpu_experts.plain_weights())
+            stack.enter_context(cpu_kv_cache.in_bytes())
         else:
             stack.enter_context(cuda_weight_pool.weights_outside())
         llm = SharedLLM(

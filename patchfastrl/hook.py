@@ -183,6 +183,9 @@ class ModulePatch:
             live.extend_class(_lookup(module, owner), scope[owner.partition(".")[0]], anchor, journal)
         self._show(module, journal)
 
+    def loader(self, upstream: Any, finish: Finish) -> Loader:
+        return RewritingLoader(upstream, self, finish)
+
     def _swap(self, namespace: dict[str, Any], name: str, function: FunctionType, journal: live.Journal) -> None:
         journal.set_attribute(function, "__code__", self.functions[name][1])
         if name in self._new_signatures:
@@ -208,6 +211,30 @@ class ModulePatch:
         journal.set_item(vars(module), "__loader__", loader)
         if spec is not None:
             journal.set_attribute(spec, "loader", loader)
+
+
+class Supplement:
+    """A module of somebody else's that gets back a name which TRL still imports from it.
+
+    Args:
+        name: the module's name.
+        supply: called with the module and a function that sets an attribute, and remembers it for the undo.
+    """
+
+    def __init__(self, name: str, supply: Callable[[ModuleType, Callable[[Any, str, Any], None]], None]) -> None:
+        self.name = name
+        self._supply = supply
+
+    def check(self, module: ModuleType) -> None:
+        """Whatever the module contains is vLLM's own affair: nothing of it is replaced."""
+
+    check_file = check
+
+    def apply(self, module: ModuleType, journal: live.Journal) -> None:
+        self._supply(module, journal.set_attribute)
+
+    def loader(self, upstream: Any, finish: Finish) -> Loader:
+        return Loader(upstream, self, finish)
 
 
 def _compile(tree: ast.Module, filename: str) -> CodeType:
@@ -237,14 +264,15 @@ def _lookup(module: ModuleType, qualname: str) -> Any:
     return current
 
 
-# Called with a module that was just executed and is to be rewritten.
-Finish = Callable[[ModulePatch, ModuleType], None]
+Change = ModulePatch | Supplement
+# Called with a module that was just executed and is to be changed.
+Finish = Callable[[Any, ModuleType], None]
 
 
-class RewritingLoader:
-    """Executes a module through upstream's own loader, then rewrites it."""
+class Loader:
+    """Executes a module through upstream's own loader, then changes it."""
 
-    def __init__(self, upstream: Any, patch: ModulePatch, finish: Finish | None = None) -> None:
+    def __init__(self, upstream: Any, patch: Any, finish: Finish | None = None) -> None:
         self._upstream = upstream
         self._patch = patch
         self._finish = finish
@@ -253,7 +281,7 @@ class RewritingLoader:
         return self._upstream.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Until it is rewritten the module looks like upstream's; if undo comes first, it stays so.
+        # Until it is changed the module looks like upstream's; if undo comes first, it stays so.
         module.__loader__ = self._upstream
         if module.__spec__ is not None:
             module.__spec__.loader = self._upstream
@@ -261,19 +289,23 @@ class RewritingLoader:
         if self._finish is not None:
             self._finish(self._patch, module)
 
-    def get_source(self, fullname: str) -> str:
-        return self._patch.text
-
     def __getattr__(self, name: str) -> Any:  # get_code, get_filename, is_package, get_resource_reader, ...
         if name.startswith("__") or name == "_upstream":  # copy and pickle ask before there is an upstream
             raise AttributeError(name)
         return getattr(self._upstream, name)
 
 
+class RewritingLoader(Loader):
+    """The loader of a module that seams rewrite."""
+
+    def get_source(self, fullname: str) -> str:
+        return self._patch.text
+
+
 class Finder:
     """Answers for the target modules only: upstream's own spec, with the loader above."""
 
-    def __init__(self, patches: Sequence[ModulePatch], finish: Finish) -> None:
+    def __init__(self, patches: Sequence[Change], finish: Finish) -> None:
         self._patches = {patch.name: patch for patch in patches}
         self._finish = finish
 
@@ -287,7 +319,7 @@ class Finder:
                 break
         else:
             return None
-        spec.loader = RewritingLoader(spec.loader, patch, self._finish)  # type: ignore[assignment]
+        spec.loader = patch.loader(spec.loader, self._finish)  # type: ignore[assignment]
         return spec
 
 

@@ -21,7 +21,7 @@ from .errors import PatchFastRLError, SeamError, UnsupportedError
 from .seam import Seam, SeamReport, choose, variants
 
 if TYPE_CHECKING:
-    from .hook import ModulePatch
+    from .hook import Change
     from .rewrite import Rewritten
 
 logger = logging.getLogger("patchfastrl")
@@ -225,7 +225,8 @@ class Installation:
     def __init__(self, *, strict: bool) -> None:
         from patchfastrl.compat.versions import installed, origin
 
-        from .hook import Finder, Home, ModulePatch
+        from .compat import guided_decoding
+        from .hook import Finder, Home, ModulePatch, Supplement
         from .live import Journal
 
         seams = _chosen()
@@ -240,8 +241,8 @@ class Installation:
         self._strict = strict
         self._home = Home()
         try:
-            self.patches = [ModulePatch(file, self._home.file(file.source.module)) for file in rewritten]
-            self._home.write(self.patches)
+            files = [ModulePatch(file, self._home.file(file.source.module)) for file in rewritten]
+            self._home.write(files)
         except SyntaxError as error:
             self._home.remove()
             raise SeamError(
@@ -252,6 +253,9 @@ class Installation:
         except BaseException:
             self._home.remove()
             raise
+        self.patches: list[Change] = [*files]
+        if guided_decoding.needed():
+            self.patches.append(Supplement(guided_decoding.MODULE, guided_decoding.supply))
         self._journal = Journal()
         # Held while modules are changed, never while waiting for an import: an import may be waiting for it.
         self._changing = threading.Lock()
@@ -279,7 +283,7 @@ class Installation:
             self.uninstall()
             raise
 
-    def _imported(self, patch: ModulePatch, module: ModuleType) -> None:
+    def _imported(self, patch: Change, module: ModuleType) -> None:
         """Called by the import system with a module that was just executed."""
         try:
             patch.check_file(module)

@@ -14,7 +14,7 @@ from torch import nn
 from vllm import LLM, SamplingParams
 
 from . import adapters, guards, memory, sharing
-from .compat import cpu_standby
+from .compat import cpu_standby, request_ids
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
 
@@ -144,7 +144,7 @@ class SharedLLM(LLM):
 
     def _abort_requests(self) -> None:
         """Leave nothing behind that the next batch would return."""
-        self.llm_engine.abort_request(list(self.llm_engine.output_processor.request_states), internal=True)
+        request_ids.abort_all(self.llm_engine)
 
     # Weights --------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from .compat import guided_decoding
 from .errors import UnsupportedError
 from .sampling import sampling_overrides
 
@@ -254,7 +255,8 @@ def lora_request(llm: SharedLLM) -> Any:
 
 def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
     """In place of `SamplingParams(...)`: TRL's settings with `args.vllm_sampling_params` on top."""
-    return params_class(**{**settings, **(sampling_overrides(args) or {})})
+    merged = {**settings, **(sampling_overrides(args) or {})}
+    return params_class(**guided_decoding.translated(params_class, merged))
 
 
 # For people ---------------------------------------------------------------------------------------------------------

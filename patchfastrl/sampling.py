@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .compat import validation_error
 from .errors import UnsupportedError
 
 # What TRL's loss depends on: config field that owns it, by SamplingParams name.
@@ -50,7 +51,6 @@ def sampling_overrides(args: Any) -> dict[str, Any] | None:
             "known which values were set on purpose."
         )
     from vllm import SamplingParams
-    from vllm.exceptions import VLLMValidationError
 
     known = set(getattr(SamplingParams, "__struct_fields__", ()))
     unknown = sorted(set(given) - known) if known else []
@@ -58,7 +58,7 @@ def sampling_overrides(args: Any) -> dict[str, Any] | None:
         raise UnsupportedError(f"vllm.SamplingParams has no {', '.join(unknown)} in the installed vLLM.")
     try:
         SamplingParams(**{k: v for k, v in given.items() if k != "structured_outputs"})  # which may be a dict here
-    except (TypeError, ValueError, VLLMValidationError) as error:
+    except validation_error.refusals() as error:
         raise UnsupportedError(f"vLLM refuses vllm_sampling_params={dict(given)}: {error}") from error
     for name, value in given.items():
         if name in _FIXED_BY_TRL and value != _FIXED_BY_TRL[name]:
