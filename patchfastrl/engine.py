@@ -16,13 +16,22 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
 from . import adapters, guards, memory, sharing
 from .audit import audit
-from .compat import cpu_experts, cpu_kv_cache, cpu_linear, cpu_standby, cuda_weight_pool, expert_slots, import_errors
+from .compat import (
+    cpu_experts,
+    cpu_import_order,
+    cpu_kv_cache,
+    cpu_linear,
+    cpu_preload,
+    cpu_standby,
+    cuda_weight_pool,
+    expert_slots,
+    import_errors,
+)
 from .errors import UnsupportedError
 from .llm import SharedLLM, live
 from .sharing import base_of, dtype_of
@@ -171,14 +180,17 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
     with contextlib.ExitStack() as stack:
         stack.enter_context(_nothing_left_behind())
         stack.enter_context(_in_process())
-        stack.enter_context(_loader(on_load))
-        stack.enter_context(expert_slots.left_out())
         if on_cpu:
+            cpu_import_order.worker_first()
+        stack.enter_context(_loader(on_load))
+        if on_cpu:
+            stack.enter_context(cpu_preload.not_needed())
             stack.enter_context(cpu_linear.plain_weights())
             stack.enter_context(cpu_experts.plain_weights())
             stack.enter_context(cpu_kv_cache.in_bytes())
         else:
             stack.enter_context(cuda_weight_pool.weights_outside())
+        stack.enter_context(expert_slots.left_out())
         llm = SharedLLM(
             model=folder.name,
             load_format=LOAD_FORMAT,
@@ -237,7 +249,7 @@ def _in_process() -> Iterator[None]:
 @contextlib.contextmanager
 def _loader(on_load: Any) -> Iterator[None]:
     """Our load format is known to vLLM while an engine is built, and no longer: it refers to the model."""
-    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 
     register_model_loader(LOAD_FORMAT)(sharing.as_loader(on_load))
     try:

