@@ -22,7 +22,16 @@ from vllm.platforms import current_platform
 
 from . import adapters, guards, memory, sharing
 from .audit import audit
-from .compat import cpu_experts, cpu_kv_cache, cpu_linear, cpu_standby, cuda_weight_pool, expert_slots, import_errors
+from .compat import (
+    cpu_experts,
+    cpu_kv_cache,
+    cpu_linear,
+    cpu_rms_norm,
+    cpu_standby,
+    cuda_weight_pool,
+    expert_slots,
+    import_errors,
+)
 from .errors import UnsupportedError
 from .llm import SharedLLM, live
 from .sharing import base_of, dtype_of
@@ -166,6 +175,8 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
         plan = sharing.make_plan(engine_model, model, cast=private)
         sharing.materialise(engine_model, model, plan, next(model.parameters()).device, share=not private)
         made["shared"] = sharing.Shared.of(model, engine_model, plan)
+        if on_cpu:
+            cpu_rms_norm.install(engine_model)
 
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
