@@ -27,6 +27,7 @@ from .compat import (
     cpu_kv_cache,
     cpu_linear,
     cpu_preload,
+    cpu_rms_norm,
     cpu_standby,
     cuda_weight_pool,
     expert_slots,
@@ -175,6 +176,8 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
         plan = sharing.make_plan(engine_model, model, cast=private)
         sharing.materialise(engine_model, model, plan, next(model.parameters()).device, share=not private)
         made["shared"] = sharing.Shared.of(model, engine_model, plan)
+        if on_cpu:
+            cpu_rms_norm.install(engine_model)
 
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:

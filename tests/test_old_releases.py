@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from types import SimpleNamespace
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
-from patchfastrl import runtime
+from patchfastrl import install, runtime
+from patchfastrl.compat import cpu_rms_norm, guided_decoding, request_ids
 from patchfastrl.errors import UnsupportedError
 from patchfastrl.interrupts import between_steps
 
@@ -93,3 +99,108 @@ def test_a_trainer_without_a_vllm_path_says_so(caplog: pytest.LogCaptureFixture)
 def test_the_report_of_a_trainer_that_owns_its_engine() -> None:
     trainer = SimpleNamespace(llm=SimpleNamespace(report=lambda: {"publishes": 1}))
     assert runtime.engine_report(trainer) == {"publishes": 1}
+
+
+# Names that vLLM dropped ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module like `vllm.sampling_params`, not imported yet."""
+    name = f"sampling_params_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(
+        "import dataclasses\n\n@dataclasses.dataclass\nclass StructuredOutputsParams:\n    regex: str | None = None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(guided_decoding, "MODULE", name)
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("when", ["imported before", "imported after"])
+def test_a_dropped_class_is_supplied_and_taken_away(old_vllm: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guided_decoding, "needed", lambda: True)
+    monkeypatch.setattr(install, "_chosen", list)
+    if when == "imported before":
+        importlib.import_module(old_vllm)
+    installation = install.Installation(strict=True)
+    installation.install()
+    module = importlib.import_module(old_vllm)
+    supplied = module.GuidedDecodingParams
+    assert isinstance(supplied(backend="outlines", regex="a+"), module.StructuredOutputsParams)
+    assert supplied("a+").regex == "a+"
+    loader: Any = module.__spec__.loader if module.__spec__ is not None else None
+    assert "StructuredOutputsParams" in loader.get_source(old_vllm)
+    installation.uninstall()
+    assert not hasattr(module, "GuidedDecodingParams")
+
+
+@pytest.mark.parametrize("trl", ["0.26.2", "0.27.0"])
+def test_only_releases_that_import_the_class_get_it(trl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guided_decoding, "installed", lambda name: Version(trl))
+    assert guided_decoding.needed() is (trl == "0.26.2")
+
+
+def test_a_class_that_is_there_stays() -> None:
+    module: Any = ModuleType("vllm.sampling_params")
+    module.GuidedDecodingParams = dict
+    guided_decoding.supply(module, setattr)
+    assert module.GuidedDecodingParams is dict
+
+
+def test_guided_decoding_goes_by_the_name_of_today() -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    args = SimpleNamespace()
+    regex = StructuredOutputsParams(regex="a+")
+    assert runtime.sampling_params(SamplingParams, args, n=1, guided_decoding=None).structured_outputs is None
+    assert runtime.sampling_params(SamplingParams, args, n=1, guided_decoding=regex).structured_outputs.regex == "a+"
+    with pytest.raises(UnsupportedError, match="older name"):
+        runtime.sampling_params(SamplingParams, args, n=1, guided_decoding=regex, structured_outputs=regex)
+
+    class OldParams(SimpleNamespace):
+        __struct_fields__ = ("guided_decoding",)
+
+    assert runtime.sampling_params(OldParams, args, guided_decoding=regex).guided_decoding is regex
+
+
+# Methods that vLLM has changed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", ["one id", "two ids"])
+def test_what_is_left_of_a_batch_is_aborted(ids: str) -> None:
+    aborted: list[Any] = []
+
+    class Engine:
+        output_processor = SimpleNamespace(request_states={"7": object()})
+
+        if ids == "one id":
+
+            def abort_request(self, request_ids: list[str]) -> None:
+                aborted.append((request_ids, None))
+        else:
+
+            def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+                aborted.append((request_ids, internal))
+
+    request_ids.abort_all(Engine())
+    assert aborted == [(["7"], None if ids == "one id" else True)]
+
+
+def test_norms_get_contiguous_tensors_where_the_kernel_ignores_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    seen: list[bool] = []
+    norm = RMSNorm.__new__(RMSNorm)
+    torch.nn.Module.__init__(norm)
+    norm._forward_method = lambda x, residual=None: seen.append(x.is_contiguous())
+    strided = torch.rand(4, 8)[:, :4]
+    monkeypatch.setattr(cpu_rms_norm, "_reads_strides", lambda: True)
+    cpu_rms_norm.install(norm)
+    norm._forward_method(strided)
+    monkeypatch.setattr(cpu_rms_norm, "_reads_strides", lambda: False)
+    cpu_rms_norm.install(norm)
+    norm._forward_method(strided, residual=None)
+    assert seen == [False, True]
