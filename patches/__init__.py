@@ -9,9 +9,9 @@ from . import (
     colocate_mode,
     config_field,
     configure_trainer,
-    legacy_rloo,
     load_policy,
     lora_request,
+    own_sampling,
     publish_adapter,
     reload_weights,
     sampling_overrides,
@@ -29,5 +29,5 @@ SEAMS: tuple[Seam, ...] = (
     *lora_request.SEAMS,
     *reload_weights.SEAMS,
     *chat_template.SEAMS,
-    *legacy_rloo.SEAMS,
+    *own_sampling.SEAMS,
 )
