@@ -35,8 +35,9 @@ logger = logging.getLogger("patchfastrl")
 
 STANDBY = "UNSLOTH_VLLM_STANDBY"
 
-_trainers: weakref.WeakSet[Any] = weakref.WeakSet()
-_alone: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that sample by themselves, whatever they inherit
+# By identity: some of TRL's trainers cannot be hashed, and are equal to each other.
+_trainers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_alone: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # those that sample by themselves
 
 # TRL announces a process group of one in these for vLLM, and leaves them. The next trainer of the process would take
 # them for a launcher's, listen on the same port, and wrap its model for distributed training.
@@ -69,7 +70,7 @@ def configure(
     _environment.update({name: os.environ.get(name) for name in _RENDEZVOUS})
     if args is None:
         return None  # TRL says by itself that it needs them
-    if trainer in _alone:
+    if id(trainer) in _alone:
         if args.use_vllm:
             raise UnsupportedError(
                 f"{type(trainer).__name__}: use_vllm=True builds an engine that this trainer never samples from. "
@@ -109,7 +110,7 @@ def configure(
     sampling_overrides(args, completions)
     if loads_later and isinstance(model, str):
         args.model_init_kwargs = _shareable_kwargs(model, args, peft_config, args.model_init_kwargs or {}, "dtype")
-    _trainers.add(trainer)
+    _trainers[id(trainer)] = trainer
     return args
 
 
@@ -228,7 +229,7 @@ def samples_by_itself(trainer: Any, since: str | None = None, server: bool = Fal
         since: the TRL release whose trainer of that name samples from the shared engine.
         server: whether its completions come from a server in another process.
     """
-    _alone.add(trainer)
+    _alone[id(trainer)] = trainer
     name = type(trainer).__name__
     if server:
         logger.warning(
@@ -272,7 +273,7 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
 
     if llm_class is not LLM:
         raise UnsupportedError(f"TRL's `LLM` is {llm_class!r}, not vLLM's class: another library has replaced it.")
-    if not any(_builds_for(owner, trainer) for trainer in _trainers):
+    if not any(_builds_for(owner, trainer) for trainer in _trainers.values()):
         raise UnsupportedError(
             f"Something other than a trainer that PatchFastRL knows asks for vLLM through {type(owner).__name__}. It "
             "is not supported: set use_vllm=False, or leave PatchFastRL() out."
@@ -290,7 +291,7 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
 
 
 def _builds_for(owner: Any, trainer: Any) -> bool:
-    if trainer in (owner, getattr(owner, "trainer", None)):
+    if trainer is owner or trainer is getattr(owner, "trainer", None):
         return True
     return hasattr(owner, "accelerator") and getattr(trainer, "accelerator", None) is owner.accelerator
 
@@ -342,7 +343,7 @@ def live_trainers() -> list[str]:
     """Patched trainers and shared engines that are alive, described for a message."""
     gc.unfreeze()  # vLLM freezes the heap when it builds an engine; what is frozen cannot be found dead
     gc.collect()
-    alive = [f"{type(t).__name__} (model {type(getattr(t, 'model', None)).__name__})" for t in _trainers]
+    alive = [f"{type(t).__name__} (model {type(getattr(t, 'model', None)).__name__})" for t in _trainers.values()]
     if not alive and "patchfastrl.llm" in sys.modules:
         alive = [f"the engine of a {type(llm.shared.model).__name__}" for llm in sys.modules["patchfastrl.llm"].live]
     return alive
