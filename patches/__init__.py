@@ -9,6 +9,7 @@ from . import (
     colocate_mode,
     config_field,
     configure_trainer,
+    generate_call,
     load_policy,
     lora_request,
     own_sampling,
@@ -29,5 +30,6 @@ SEAMS: tuple[Seam, ...] = (
     *lora_request.SEAMS,
     *reload_weights.SEAMS,
     *chat_template.SEAMS,
+    *generate_call.SEAMS,
     *own_sampling.SEAMS,
 )

@@ -10,9 +10,9 @@ from patchfastrl.rewrite import Rewrite, at_start, reads, statement
 from patchfastrl.seam import Seam
 
 from .releases import END, FIRST, between, upstream
-from .trainers import DISTILLATION, GOLD, GRPO, IW_OPD, ONLINE_DPO, RLOO, SDFT, SDPO, SSD
+from .trainers import A2PO, DISTILLATION, GKD, GOLD, GRPO, IW_OPD, ONLINE_DPO, RLOO, SDFT, SDPO, SSD
 
-CONFIGURE = "args = @configure(self, args, model, peft_config{more})"
+CONFIGURE = "args = @configure(self, args, model, {peft_config}{more})"
 
 
 class ConfigureTrainer(Rewrite):
@@ -20,11 +20,12 @@ class ConfigureTrainer(Rewrite):
 
     Args:
         more: further arguments, with a comma in front.
+        peft_config: what the trainer was given to make an adapter with.
     """
 
-    def __init__(self, more: str = "") -> None:
+    def __init__(self, more: str = "", peft_config: str = "peft_config") -> None:
         super().__init__()
-        self.statement = CONFIGURE.format(more=more)
+        self.statement = CONFIGURE.format(more=more, peft_config=peft_config)
 
     def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If | cst.FlattenSentinel[cst.BaseStatement]:
         # With an `else` it is RLOO's handling of a deprecated name, up to 0.24.
@@ -50,6 +51,7 @@ class ConfigureAtOnce(ConfigureTrainer):
 # The release that calls `rollout_func` in server mode only: in colocate mode it would forget it in silence.
 ROLLOUTS = functools.partial(ConfigureTrainer, ", server_only=rollout_func")
 PAIRS = functools.partial(ConfigureTrainer, ", completions=2")
+NO_ADAPTER = functools.partial(ConfigureTrainer, peft_config="None")
 LOADS_LATER = functools.partial(ConfigureAtOnce, ", loads_later=True")
 
 ERAS = (
@@ -59,6 +61,8 @@ ERAS = (
     (RLOO, ConfigureTrainer, FIRST, END),
     (ONLINE_DPO, PAIRS, FIRST, END),
     (GOLD, LOADS_LATER, FIRST, END),
+    (GKD, LOADS_LATER, FIRST, END),
+    (A2PO, NO_ADAPTER, FIRST, END),
     *((trainer, ConfigureTrainer, FIRST, END) for trainer in (DISTILLATION, IW_OPD, SSD)),
     *((trainer, ConfigureAtOnce, FIRST, END) for trainer in (SDFT, SDPO)),
 )

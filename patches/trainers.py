@@ -113,13 +113,19 @@ INHERITING = (
     Trainer("Server distillation", "", _DISTILLATION, (_own("server_distillation", "ServerDistillation", "1.9"),)),
 )
 
+# No vLLM path in TRL: an engine beside them answers the `generate` calls for the model in training.
+_BESIDE = f"{ENGINE} beside the trainer, for the model in training (settings: `PatchFastRL(...)`)"
+BESIDE = (
+    Trainer("A*-PO", "a2po", f"{_BESIDE}; transformers for the reference", (_own("a2po", "A2PO", "1.6"),)),
+    Trainer("GKD", "gkd", f"{_BESIDE}; transformers for the teacher", _moved("gkd", "GKD", "0.26")),
+)
+A2PO, GKD = BESIDE
+
 # No vLLM path in TRL: they sample from the very model in training, so from its current weights.
 _GENERATE = "transformers' `generate` from the model in training, as without PatchFastRL"
 # A seam of theirs says so when one is made.
 BY_THEMSELVES = (
     Trainer("RLOO, the older trainer", "rloo", _GENERATE, (Home("trl.trainer.rloo", "RLOO", FIRST, "0.22"),)),
-    Trainer("A*-PO", "a2po", _GENERATE, (_own("a2po", "A2PO", "1.6"),)),
-    Trainer("GKD", "gkd", _GENERATE, _moved("gkd", "GKD", "0.26")),
     Trainer(
         "Nash-MD", "nash_md", f"{_GENERATE}; `use_vllm=True` is refused", _moved("nash_md", "NashMD", "0.26", "1.14")
     ),
@@ -136,7 +142,7 @@ ELSEWHERE = (
     ),
 )
 
-TRAINERS = (*SHARED, *INHERITING, *BY_THEMSELVES, *ELSEWHERE)
+TRAINERS = (*SHARED, *INHERITING, *BESIDE, *BY_THEMSELVES, *ELSEWHERE)
 
 
 def markdown_table() -> str:

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from .llm import SharedLLM
 
 __all__ = [
+    "build_beside",
     "build_early_engine",
     "build_engine",
     "configure",
+    "generate",
     "load_model",
     "lora_request",
     "publish",
@@ -77,17 +79,19 @@ def configure(
                 "Set use_vllm=False: it samples with transformers, from the model in training."
             )
         return args
-    if not args.use_vllm:
+    if not getattr(args, "use_vllm", False):
         if settings().use_vllm == "keep":
             if getattr(args, "vllm_sampling_params", None):
                 logger.warning("PatchFastRL: use_vllm=False, so vllm_sampling_params have no effect.")
             return args
         if getattr(args, "lmbda", None) == 0:
             return args  # distillation on the data set's own completions: nothing is sampled
-        logger.warning(
-            "PatchFastRL: use_vllm is on (the script leaves it off); PatchFastRL(use_vllm='keep') leaves it alone."
-        )
-        args.use_vllm = True
+        keep = "PatchFastRL(use_vllm='keep') leaves it alone."
+        if hasattr(args, "use_vllm"):
+            logger.warning("PatchFastRL: use_vllm is on (the script leaves it off); %s", keep)
+            args.use_vllm = True
+        else:
+            logger.warning("PatchFastRL: %s samples from an engine; %s", type(trainer).__name__, keep)
     if server_only is not None:
         raise UnsupportedError(
             "rollout_func: this TRL release calls it with vllm_mode='server' only, and the shared engine is not a "
@@ -104,7 +108,7 @@ def configure(
                 "PatchFastRL: the script asks for vllm_mode='server'; the engine runs in this process instead."
             )
         args.vllm_mode = "colocate"
-    if (standby := standby_requested()) is not None:
+    if hasattr(args, "use_vllm") and (standby := standby_requested()) is not None:
         _set_standby(args, standby)
     _refuse_unsupported(args, model, peft_config)
     sampling_overrides(args, completions)
@@ -255,6 +259,29 @@ def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
         return _engine_for(llm_class, owner, kwargs)
     finally:
         _restore_environment()
+
+
+def build_beside(trainer: Any, args: Any) -> None:
+    """An engine for a trainer that knows of none: `generate` below samples from it."""
+    if id(trainer) not in _trainers:
+        return  # the script keeps it from vLLM, or nothing is sampled
+    from vllm import LLM
+
+    from . import generation
+    from .install import settings
+
+    kwargs = generation.engine_settings(args, trainer.model, settings(), bool(standby_requested()))
+    trainer.llm = build_engine(LLM, trainer, **kwargs)
+    generation.engines.add(trainer.llm)
+    if kwargs["enable_sleep_mode"]:
+        trainer.llm.sleep()
+
+
+def generate(model: Any, **kwargs: Any) -> Any:
+    """In place of `model.generate(...)`."""
+    from . import generation
+
+    return generation.generate(model, **kwargs)
 
 
 def build_early_engine(

@@ -98,6 +98,10 @@ def classes(folder: str, name: str) -> tuple[Any, Any]:
     return getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config", None) or trl.GRPOConfig
 
 
+def even(completions: list[Any], **_: Any) -> list[float]:
+    return [float(len(c) % 2) for c in completions]
+
+
 REWARDS = {"reward_funcs": tiny.length_reward}
 # folder, class, what the trainer is given besides model and configuration, settings, whether it takes a reference.
 CASES: dict[str, tuple[str, str, Callable[[Path], dict[str, Any]], dict[str, Any]]] = {
@@ -152,6 +156,18 @@ CASES: dict[str, tuple[str, str, Callable[[Path], dict[str, Any]], dict[str, Any
             ("GSPO-token", "gspo_token", "GRPO", {"importance_sampling_level": "sequence_token"}),
         )
     },
+    "GKD": (
+        "gkd",
+        "GKD",
+        lambda folder: {"teacher_model": tiny.model(seed=7), "train_dataset": conversations()},
+        {"lmbda": 1.0, "max_length": 64, "max_new_tokens": 8},
+    ),
+    "A*-PO": (
+        "a2po",
+        "A2PO",
+        lambda folder: {"reward_funcs": even, "train_dataset": tiny.prompts(16)},
+        {"max_prompt_length": 32, "num_value_samples": 2, "filter_all_incorrect": False},
+    ),
     # PAPO is left out: its loss needs a model of images. What it samples with is GRPO's.
     "MiniLLM": (
         "minillm",
@@ -229,7 +245,7 @@ def steps(trainer: Any) -> int:
 # Trained ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("title", CASES)
+@pytest.mark.parametrize("title", [title for title in CASES if title != "A*-PO"])  # which makes no adapters
 def test_it_samples_from_the_adapter_in_training(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -237,7 +253,7 @@ def test_it_samples_from_the_adapter_in_training(title: str, tmp_path: Path, mon
     for name in ("merge_adapter", "unmerge_adapter"):
         monkeypatch.setattr(BaseTuner, name, lambda *_, **__: merges.append(1))
     trainer = make(title, tmp_path)
-    assert trainer.args.use_vllm
+    assert getattr(trainer.args, "use_vllm", True)
     assert_one_copy(trainer)
     checksum = engine_of(trainer).shared.checksum()
     watch = Watch(trainer)
@@ -251,7 +267,7 @@ def test_it_samples_from_the_adapter_in_training(title: str, tmp_path: Path, mon
     assert_one_copy(trainer)
 
 
-@pytest.mark.parametrize("title", ["Online DPO", "GOLD", "Distillation"])
+@pytest.mark.parametrize("title", ["Online DPO", "GOLD", "Distillation", "GKD", "A*-PO"])
 def test_full_fine_tuning(title: str, tmp_path: Path) -> None:
     trainer = make(title, tmp_path, peft=False, learning_rate=1e-3)
     assert_one_copy(trainer)
@@ -268,11 +284,14 @@ def sample(trainer: Any) -> None:
     """Once more, the way the trainer does it."""
     if hasattr(trainer, "vllm_generation"):
         trainer.vllm_generation.generate(prompts=[PROMPT], images=None, num_generations=1)
-    else:
+    elif hasattr(trainer, "_generate_vllm"):
         trainer._generate_vllm(["the cat sat on the mat"])
+    else:
+        inputs = {"prompts": torch.tensor([PROMPT]), "prompt_attention_mask": torch.ones(1, len(PROMPT))}
+        trainer.generate_on_policy_outputs(trainer.model, inputs, trainer.generation_config)
 
 
-@pytest.mark.parametrize("title", ["Online DPO", "GOLD", "Distillation", "SDPO"])
+@pytest.mark.parametrize("title", ["Online DPO", "GOLD", "Distillation", "SDPO", "GKD"])
 @pytest.mark.parametrize("standby", ["0", "1"])
 def test_the_second_sampling_within_a_step(
     title: str, standby: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -290,10 +309,120 @@ def test_the_second_sampling_within_a_step(
     assert engine_of(trainer).awake == (standby == "0")
 
 
-@pytest.mark.parametrize("title", ["Online DPO", "GOLD", "Distillation", "IW-OPD", "SDFT", "SDPO"])
+@pytest.mark.parametrize("title", ["Online DPO", "GOLD", "Distillation", "IW-OPD", "SDFT", "SDPO", "GKD"])
 def test_a_model_named_by_a_string(title: str, tmp_path: Path) -> None:
     path = tiny.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     trainer = make(title, tmp_path, model=path, max_steps=1)
     assert_one_copy(trainer)
     base = {p.dtype for n, p in trainer.model.named_parameters() if "lora_" not in n}
     assert base == {torch.bfloat16}
+
+
+# generate, answered by an engine ------------------------------------------------------------------------------------
+
+
+def padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = [[0] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return {"prompts": torch.tensor(ids), "prompt_attention_mask": torch.tensor(mask)}
+
+
+def test_gkd_gets_what_transformers_would_give_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import copy
+
+    from patchfastrl import generation, runtime
+
+    trainer = make("GKD", tmp_path)
+    tiny.scramble(trainer.model)
+    trainer.model.eval()
+    prompts = [tiny.ids(12), tiny.ids(5, start=40), tiny.ids(9, start=17)]
+    config = copy.deepcopy(trainer.generation_config)
+    config.do_sample = False
+    greedy = tiny.greedy(trainer.model, prompts[1], 8)
+    for eos in (1, [greedy[3], 1]):  # with the second, one completion ends early and is padded
+        config.eos_token_id = eos
+        watch = Watch(trainer)
+        ours = trainer.generate_on_policy_outputs(trainer.model, padded(prompts), config)
+        assert len(watch.off) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "generate", lambda model, **kwargs: model.generate(**kwargs))
+            theirs = trainer.generate_on_policy_outputs(trainer.model, padded(prompts), config)
+        assert len(watch.off) == 1
+        assert all(torch.equal(mine, stock) for mine, stock in zip(ours, theirs, strict=True))
+    ids = ours[0][1, 12:].tolist()
+    assert ids[: ids.index(greedy[3]) + 1] == greedy[: greedy.index(greedy[3]) + 1]
+    assert set(ids[ids.index(greedy[3]) + 1 :]) <= {0}
+    trainer.generate_on_policy_outputs(trainer.teacher_model, padded(prompts), config)
+    assert len(watch.off) == 1  # the teacher samples by itself
+    config.num_beams = 2
+    with pytest.raises(UnsupportedError, match=r"generation_config.num_beams=2.*use_vllm='keep'"):
+        trainer.generate_on_policy_outputs(trainer.model, padded(prompts), config)
+    config.num_beams = 1
+    with pytest.raises(UnsupportedError, match=r"need 128 tokens, the engine was built for 72.*max_model_length=128"):
+        trainer.generate_on_policy_outputs(trainer.model, padded([tiny.ids(120)]), config)
+    assert list(generation.engines) == [trainer.llm]
+
+
+@pytest.mark.parametrize("settings", [{"use_vllm": "keep"}, {"lmbda": 0.0}], ids=str)
+def test_gkd_that_keeps_to_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
+    keep = settings.pop("use_vllm", "force")
+    PatchFastRL(use_vllm=keep)
+    try:
+        trainer = make("GKD", tmp_path, max_steps=1, **settings)
+        trainer.train()
+    finally:
+        PatchFastRL()
+    assert not hasattr(trainer, "llm")
+
+
+# Refused, and left alone ---------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_on_the_server_that_samples(tmp_path: Path) -> None:
+    for title in ("SDFT", "SDPO"):
+        with pytest.raises(UnsupportedError, match="use_teacher_server=True: the teacher's log-probabilities"):
+            make(title, tmp_path, use_teacher_server=True, use_vllm=True, vllm_mode="server")
+
+
+def test_sampling_params_of_online_dpo(tmp_path: Path) -> None:
+    given = vLLMSamplingParams(min_p=0.2, n=2, max_tokens=8)
+    trainer = make("Online DPO", tmp_path, vllm_sampling_params=given)
+    params = trainer.generation_config
+    assert (params.min_p, params.n, params.max_tokens, params.temperature) == (0.2, 2, 8, 1.0)
+    for wrong, says in (({"n": 1}, "TRL needs n=2"), ({"max_tokens": 9}, "max_new_tokens=8")):
+        with pytest.raises(UnsupportedError, match=says):
+            make("Online DPO", tmp_path, vllm_sampling_params=vLLMSamplingParams(**wrong))
+
+
+@pytest.mark.parametrize("settings", [{"gpu_memory_utilization": 2}, {"max_model_length": 0}], ids=str)
+def test_engine_settings_that_are_none(settings: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=next(iter(settings))):
+        PatchFastRL(**settings)
+
+
+# The list of trainers -----------------------------------------------------------------------------------------------
+
+
+def test_every_trainer_that_samples_is_in_the_list() -> None:
+    """A class of the installed TRL that calls an engine or `generate`, and that the list lacks, is found here."""
+    from packaging.version import Version
+
+    installed = Version(trl.__version__)
+    root = Path(trl.__file__).parent
+    listed = {
+        f"{home.module.replace('.', '/')}_trainer.py"
+        for trainer in TRAINERS
+        for home, first, end in trainer.between()
+        if Version(first) <= installed < Version(end)
+    }
+    assert all((root.parent / file).is_file() for file in listed)
+    calls = ("VLLMGeneration(", "LLM(**", ".generate(")
+    sampling = {
+        str(file.relative_to(root.parent))
+        for file in root.rglob("*_trainer.py")
+        if any(call in file.read_text(encoding="utf-8") for call in calls)
+    }
+    # These only show a few completions while they evaluate.
+    evaluating = {f"trl/experimental/{n}/{n}_trainer.py" for n in ("bco", "cpo", "orpo", "kto")}
+    assert sampling - listed - evaluating == set()
