@@ -15,7 +15,9 @@ import tiny
 import torch
 import trl
 
-from patchfastrl import PatchFastRL, UnpatchFastRL
+from patchfastrl import PatchFastRL, UnpatchFastRL, vLLMSamplingParams
+from patchfastrl.errors import UnsupportedError
+from patchfastrl.patches.trainers import TRAINERS
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -81,7 +83,9 @@ def teacher(folder: Path) -> Any:
     """A model that knows where its tokenizer is."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny.checkpoint(folder / "teacher"), dtype=torch.float32)
+    path = tiny.checkpoint(folder / "teacher")
+    tiny.model(seed=7).save_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def contexts() -> Any:
@@ -91,10 +95,9 @@ def contexts() -> Any:
 
 def classes(folder: str, name: str) -> tuple[Any, Any]:
     """The trainer and its configuration, wherever this TRL has them."""
-    package = f"trl.experimental.{folder}" if importlib.util.find_spec(f"trl.experimental.{folder}") else "trl"
-    module = importlib.import_module(package)
-    if not hasattr(module, f"{name}Trainer"):
-        pytest.skip(f"this TRL has no {name}Trainer")
+    if importlib.util.find_spec(f"trl.experimental.{folder}") is None:
+        pytest.skip(f"this TRL has no trl.experimental.{folder}")
+    module = importlib.import_module(f"trl.experimental.{folder}")
     return getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config", None) or trl.GRPOConfig
 
 
