@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import libcst as cst
 
@@ -10,7 +11,7 @@ from patchfastrl.rewrite import Rewrite, at_start, reads, statement
 from patchfastrl.seam import Seam
 
 from .releases import END, FIRST, between, upstream
-from .trainers import A2PO, DISTILLATION, GKD, GOLD, GRPO, IW_OPD, ONLINE_DPO, RLOO, SDFT, SDPO, SSD
+from .trainers import A2PO, DISTILLATION, GKD, GOLD, GRPO, IW_OPD, ONLINE_DPO, RLOO, SDFT, SDPO, SSD, Trainer
 
 CONFIGURE = "args = @configure(self, args, model, {peft_config}{more})"
 
@@ -54,7 +55,7 @@ PAIRS = functools.partial(ConfigureTrainer, ", completions=2")
 NO_ADAPTER = functools.partial(ConfigureTrainer, peft_config="None")
 LOADS_LATER = functools.partial(ConfigureAtOnce, ", loads_later=True")
 
-ERAS = (
+ERAS: tuple[tuple[Trainer, Callable[[], Rewrite], str, str], ...] = (
     (GRPO, ConfigureTrainer, FIRST, "0.25"),
     (GRPO, ROLLOUTS, "0.25", "0.26"),
     (GRPO, ConfigureTrainer, "0.26", END),

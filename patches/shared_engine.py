@@ -14,7 +14,8 @@ from .releases import between, outside
 class SharedEngine(Rewrite):
     """``LLM(...)`` becomes ``build_engine(LLM, self, ...)``, every argument kept."""
 
-    function, leading = "@build_engine", ("LLM", "self")
+    function = "@build_engine"
+    leading: tuple[str, ...] = ("LLM", "self")
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         if not reads(original_node.func, "LLM"):
@@ -26,7 +27,8 @@ class SharedEngine(Rewrite):
 class EarlySharedEngine(SharedEngine):
     """Ahead of ``super().__init__``: ``build_early_engine(LLM, self, args, model, processing_class, ...)``."""
 
-    function, leading = "@build_early_engine", ("LLM", "self", "args", "model", "processing_class")
+    function = "@build_early_engine"
+    leading = ("LLM", "self", "args", "model", "processing_class")
 
 
 SEAMS = tuple(
