@@ -7,7 +7,8 @@ import libcst as cst
 from patchfastrl.rewrite import Rewrite, reads, with_keyword
 from patchfastrl.seam import Seam
 
-from .releases import between, outside, trainer, upstream
+from .releases import between, outside, upstream
+from .trainers import GRPO, RLOO
 
 
 class ChatTemplateKwargs(Rewrite):
@@ -24,15 +25,15 @@ class ChatTemplateKwargs(Rewrite):
 
 SEAMS = tuple(
     Seam(
-        name=f"{name.lower()}.chat_template",
-        target=trainer(name, "_generate_single_turn"),
+        name=f"{trainer.key}.chat_template",
+        target=trainer.homes[0].target("_generate_single_turn"),
         requires=between("0.25", end),
         absent=outside("0.25", end),
         count=1,
         reason="these releases apply chat_template_kwargs in server mode, and forget them in colocate mode",
-        link=upstream(f"trainer/{name.lower()}_trainer.py"),
+        link=upstream(f"trainer/{trainer.key}_trainer.py"),
         until="releases before 0.27 are no longer supported",
         rewrite=ChatTemplateKwargs,
     )
-    for name, end in (("GRPO", "0.26"), ("RLOO", "0.27"))
+    for trainer, end in ((GRPO, "0.26"), (RLOO, "0.27"))
 )

@@ -7,7 +7,8 @@ import libcst as cst
 from patchfastrl.rewrite import Rewrite, reads, statement
 from patchfastrl.seam import Seam
 
-from .releases import SAMPLES, between, config, outside, upstream
+from .releases import FIRST, ONLINE_DPO_MODES, between, upstream
+from .trainers import DISTILLATION, GRPO, ONLINE_DPO, RLOO, SDFT, SDPO, SSD
 
 SPACE = cst.SimpleWhitespace(" ")
 FIELD = "vllm_sampling_params"
@@ -54,21 +55,26 @@ class SamplingParamsFromText(Rewrite):
         return updated_node.with_deep_changes(names, elements=[own, *names.elements])
 
 
+# Online DPO's configuration listed no such names before 0.29.1.
+FIELDS = (*((t, FIRST) for t in (GRPO, RLOO, SDFT, SDPO, SSD)), (ONLINE_DPO, ONLINE_DPO_MODES), (DISTILLATION, "1.10"))
+LISTS = (*FIELDS[:-2], (ONLINE_DPO, "0.29.1"), FIELDS[-1])
+
 SEAMS = tuple(
     Seam(
-        name=f"{name.lower()}.{part}",
-        target=config(name, attribute),
-        requires=between(first),
-        absent=outside(first),
+        name=f"{trainer.key}.{part}",
+        target=home.config(attribute),
+        requires=between(start, stop),
+        absent=trainer.absent(first),
         count=1,
         reason="scripts set vllm_sampling_params=vLLMSamplingParams(...) on the configuration",
-        link=upstream(f"trainer/{name.lower()}_config.py"),
+        link=upstream(home.config("").partition(":")[0].removeprefix("trl.").replace(".", "/") + ".py"),
         until="TRL's configurations take a SamplingParams",
         rewrite=rewrite,
     )
-    for name, first in SAMPLES.items()
-    for part, attribute, rewrite in (
-        ("config_field", NEIGHBOUR, SamplingParamsField),
-        ("config_json", "_VALID_DICT_FIELDS", SamplingParamsFromText),
+    for part, attribute, rewrite, trainers in (
+        ("config_field", NEIGHBOUR, SamplingParamsField, FIELDS),
+        ("config_json", "_VALID_DICT_FIELDS", SamplingParamsFromText, LISTS),
     )
+    for trainer, first in trainers
+    for home, start, stop in trainer.between(first)
 )

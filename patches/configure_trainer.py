@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, reads, statement
+from patchfastrl.rewrite import Rewrite, at_start, reads, statement
 from patchfastrl.seam import Seam
 
-from .releases import END, FIRST, SAMPLES, between, outside, trainer, upstream
+from .releases import END, FIRST, between, upstream
+from .trainers import A2PO, DISTILLATION, GKD, GOLD, GRPO, IW_OPD, ONLINE_DPO, RLOO, SDFT, SDPO, SSD, Trainer
+
+CONFIGURE = "args = @configure(self, args, model, {peft_config}{more})"
 
 
 class ConfigureTrainer(Rewrite):
-    """``if args is None: ...`` is followed by ``args = configure(self, args, model, peft_config)``."""
+    """``if args is None: ...`` is followed by ``args = configure(self, args, model, peft_config)``.
 
-    statement = "args = @configure(self, args, model, peft_config)"
+    Args:
+        more: further arguments, with a comma in front.
+        peft_config: what the trainer was given to make an adapter with.
+    """
+
+    def __init__(self, more: str = "", peft_config: str = "peft_config") -> None:
+        super().__init__()
+        self.statement = CONFIGURE.format(more=more, peft_config=peft_config)
 
     def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If | cst.FlattenSentinel[cst.BaseStatement]:
         # With an `else` it is RLOO's handling of a deprecated name, up to 0.24.
@@ -23,33 +36,50 @@ class ConfigureTrainer(Rewrite):
         return cst.FlattenSentinel([updated_node, statement(self.statement)])
 
 
-class ConfigureTrainerWithRollouts(ConfigureTrainer):
-    """The release that calls `rollout_func` in server mode only: in colocate mode it would forget it in silence."""
+class ConfigureAtOnce(ConfigureTrainer):
+    """It becomes the first statement of ``__init__``, which makes no arguments of its own."""
 
-    statement = "args = @configure(self, args, model, peft_config, server_only=rollout_func)"
+    def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If:
+        return updated_node
+
+    def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
+        if not reads(original_node.name, "__init__"):
+            return updated_node
+        self.found += 1
+        return at_start(updated_node, self.statement)
 
 
-ERAS = {
-    "GRPO": (
-        (ConfigureTrainer, FIRST, "0.25"),
-        (ConfigureTrainerWithRollouts, "0.25", "0.26"),
-        (ConfigureTrainer, "0.26", END),
-    ),
-    "RLOO": ((ConfigureTrainer, SAMPLES["RLOO"], END),),
-}
+# The release that calls `rollout_func` in server mode only: in colocate mode it would forget it in silence.
+ROLLOUTS = functools.partial(ConfigureTrainer, ", server_only=rollout_func")
+PAIRS = functools.partial(ConfigureTrainer, ", completions=2")
+NO_ADAPTER = functools.partial(ConfigureTrainer, peft_config="None")
+LOADS_LATER = functools.partial(ConfigureAtOnce, ", loads_later=True")
+
+ERAS: tuple[tuple[Trainer, Callable[[], Rewrite], str, str], ...] = (
+    (GRPO, ConfigureTrainer, FIRST, "0.25"),
+    (GRPO, ROLLOUTS, "0.25", "0.26"),
+    (GRPO, ConfigureTrainer, "0.26", END),
+    (RLOO, ConfigureTrainer, FIRST, END),
+    (ONLINE_DPO, PAIRS, FIRST, END),
+    (GOLD, LOADS_LATER, FIRST, END),
+    (GKD, LOADS_LATER, FIRST, END),
+    (A2PO, NO_ADAPTER, FIRST, END),
+    *((trainer, ConfigureTrainer, FIRST, END) for trainer in (DISTILLATION, IW_OPD, SSD)),
+    *((trainer, ConfigureAtOnce, FIRST, END) for trainer in (SDFT, SDPO)),
+)
 
 SEAMS = tuple(
     Seam(
-        name=f"{name.lower()}.configure",
-        target=trainer(name),
-        requires=between(first, end),
-        absent=outside(SAMPLES[name]),
+        name=f"{trainer.key}.configure",
+        target=home.target(),
+        requires=between(start, stop),
+        absent=trainer.absent(),
         count=1,
         reason="turns use_vllm on, and refuses what a shared engine cannot do, before a model is loaded",
-        link=upstream(f"trainer/{name.lower()}_trainer.py"),
+        link=upstream(home.module.removeprefix("trl.").replace(".", "/") + "_trainer.py"),
         until="TRL lets a plug-in see the arguments before the trainer reads them",
         rewrite=rewrite,
     )
-    for name, eras in ERAS.items()
-    for rewrite, first, end in eras
+    for trainer, rewrite, first, end in ERAS
+    for home, start, stop in trainer.between(first, end)
 )

@@ -6,10 +6,11 @@ import functools
 
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, at_start, reads
+from patchfastrl.rewrite import Rewrite, at_start, expression, reads
 from patchfastrl.seam import Seam
 
-from .releases import OWNERS, between, outside
+from .owners import OWNERS
+from .releases import between, outside
 
 
 class PublishAdapter(Rewrite):
@@ -26,17 +27,27 @@ class PublishAdapter(Rewrite):
         return at_start(updated_node, "return @publish(self)")
 
 
+class PublishInline(Rewrite):
+    """``llm_model.load_weights(model.state_dict().items())`` becomes ``publish(self)``."""
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
+        if not reads(original_node, "llm_model.load_weights(model.state_dict().items())"):
+            return updated_node
+        self.found += 1
+        return expression("@publish(self)")
+
+
 SEAMS = tuple(
     Seam(
         name=f"{owner.name}.publish",
-        target=f"{owner.target}.{owner.syncs}",
+        target=f"{owner.target}{owner.syncs or owner.samples[0].method}",
         requires=between(owner.first, owner.end),
         absent=outside(owner.first, owner.end),
         count=1,
         reason="merging changes the base weights that the engine shares (and drifts in bf16); load_weights writes them",
         link="https://github.com/huggingface/trl/issues/6688",
         until="TRL can sync an adapter to a colocated engine without merging",
-        rewrite=functools.partial(PublishAdapter, owner.syncs),
+        rewrite=functools.partial(PublishAdapter, owner.syncs) if owner.syncs else PublishInline,
     )
     for owner in OWNERS
 )

@@ -7,7 +7,8 @@ import libcst as cst
 from patchfastrl.rewrite import Rewrite, reads
 from patchfastrl.seam import Seam
 
-from .releases import OWNERS, between, outside
+from .owners import OWNERS
+from .releases import between, outside
 
 
 def _reloads(body: object) -> bool:
@@ -50,7 +51,7 @@ ERAS = {
 SEAMS = tuple(
     Seam(
         name=f"{owner.name}.reload",
-        target=f"{owner.target}.{method}",
+        target=f"{owner.target}{method}",
         requires=between(first, end),
         absent=outside(ERAS[owner.name][0][1], ERAS[owner.name][-1][2]),
         count=1,
@@ -60,5 +61,6 @@ SEAMS = tuple(
         rewrite=rewrite,
     )
     for owner in OWNERS
+    if owner.name in ERAS
     for method, first, end, rewrite in ERAS[owner.name]
 )

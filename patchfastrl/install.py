@@ -35,6 +35,8 @@ class Settings:
 
     use_vllm: Literal["force", "keep"] = "force"
     strict: bool = True
+    gpu_memory_utilization: float = 0.3
+    max_model_length: int | None = None
 
 
 # One installation at a time, whoever calls. Re-entrant: importing the runtime may end up here again.
@@ -54,6 +56,8 @@ def PatchFastRL(
     *,
     use_vllm: Literal["force", "keep"] = "force",
     strict: bool = True,
+    gpu_memory_utilization: float = 0.3,
+    max_model_length: int | None = None,
 ) -> None:
     """Let TRL's trainers sample from one engine that shares its weights with the model in training.
 
@@ -64,6 +68,10 @@ def PatchFastRL(
         algorithm: ``"GRPO"``, ``"RLOO"`` (in any case) or None. All of them are patched in any case.
         FastLanguageModel: accepted, as scripts written for Unsloth pass it; it changes nothing.
         use_vllm: ``"force"`` turns `use_vllm` on in every trainer's arguments, ``"keep"`` leaves it to the script.
+        gpu_memory_utilization: the engine's share of the GPU, for trainers whose configuration has no `vllm_*` fields
+            (GKD, A*-PO); those that have them go by these.
+        max_model_length: tokens of a prompt and its completion, for the same trainers; None: what their configuration
+            implies.
         strict: False leaves stock TRL wholly in place, with one RuntimeWarning, when something cannot be patched.
 
     Raises:
@@ -73,8 +81,9 @@ def PatchFastRL(
     global _installation, _settings
     try:
         _check_arguments(algorithm, FastLanguageModel, use_vllm)
+        _check_engine(gpu_memory_utilization, max_model_length)
         with _lock:
-            wanted = Settings(use_vllm=use_vllm, strict=strict)
+            wanted = Settings(use_vllm, strict, gpu_memory_utilization, max_model_length)
             if _installation is None or not _installation.active:
                 with _collector_off():
                     installation = Installation(strict=strict)
@@ -125,6 +134,15 @@ def _check_arguments(algorithm: Any, FastLanguageModel: Any, use_vllm: Any) -> N
         )
     if use_vllm not in ("force", "keep"):
         raise UnsupportedError(f'PatchFastRL(use_vllm={use_vllm!r}): expected "force" or "keep".')
+
+
+def _check_engine(gpu_memory_utilization: Any, max_model_length: Any) -> None:
+    if not isinstance(gpu_memory_utilization, (int, float)) or not 0 < gpu_memory_utilization < 1:
+        raise UnsupportedError(
+            f"PatchFastRL(gpu_memory_utilization={gpu_memory_utilization!r}): expected a number between 0 and 1."
+        )
+    if max_model_length is not None and (not isinstance(max_model_length, int) or max_model_length < 1):
+        raise UnsupportedError(f"PatchFastRL(max_model_length={max_model_length!r}): expected a number of tokens.")
 
 
 def _live_trainers() -> list[str]:

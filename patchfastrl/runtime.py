@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
     from .llm import SharedLLM
 
 __all__ = [
+    "build_beside",
+    "build_early_engine",
     "build_engine",
     "configure",
+    "generate",
     "load_model",
     "lora_request",
     "publish",
@@ -34,7 +38,9 @@ logger = logging.getLogger("patchfastrl")
 
 STANDBY = "UNSLOTH_VLLM_STANDBY"
 
-_trainers: weakref.WeakSet[Any] = weakref.WeakSet()
+# By identity: some of TRL's trainers cannot be hashed, and are equal to each other.
+_trainers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_alone: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # those that sample by themselves
 
 # TRL announces a process group of one in these for vLLM, and leaves them. The next trainer of the process would take
 # them for a launcher's, listen on the same port, and wrap its model for distributed training.
@@ -45,37 +51,71 @@ _environment: dict[str, str | None] = {name: os.environ.get(name) for name in _R
 # Called from a trainer's __init__ -----------------------------------------------------------------------------------
 
 
-def configure(trainer: Any, args: Any, model: Any, peft_config: Any, server_only: Any = None) -> Any:
+def configure(
+    trainer: Any,
+    args: Any,
+    model: Any,
+    peft_config: Any,
+    *,
+    server_only: Any = None,
+    completions: int = 1,
+    loads_later: bool = False,
+) -> Any:
     """Turn vLLM on in `args` and refuse, before anything is allocated, what a shared engine cannot do.
 
     Args:
         server_only: the script's `rollout_func`, in a TRL release that would not call it in this process.
+        completions: how many the trainer asks of the engine for each prompt.
+        loads_later: a model named by a string is loaded by another class, from `args.model_init_kwargs`.
     """
     from .install import settings
 
     _environment.update({name: os.environ.get(name) for name in _RENDEZVOUS})
-    if not args.use_vllm:
+    if args is None:
+        return None  # TRL says by itself that it needs them
+    if id(trainer) in _alone:
+        if args.use_vllm:
+            raise UnsupportedError(
+                f"{type(trainer).__name__}: use_vllm=True builds an engine that this trainer never samples from. "
+                "Set use_vllm=False: it samples with transformers, from the model in training."
+            )
+        return args
+    if not getattr(args, "use_vllm", False):
         if settings().use_vllm == "keep":
             if getattr(args, "vllm_sampling_params", None):
                 logger.warning("PatchFastRL: use_vllm=False, so vllm_sampling_params have no effect.")
             return args
-        logger.warning(
-            "PatchFastRL: use_vllm is on (the script leaves it off); PatchFastRL(use_vllm='keep') leaves it alone."
-        )
-        args.use_vllm = True
+        if getattr(args, "lmbda", None) == 0:
+            return args  # distillation on the data set's own completions: nothing is sampled
+        keep = "PatchFastRL(use_vllm='keep') leaves it alone."
+        if hasattr(args, "use_vllm"):
+            logger.warning("PatchFastRL: use_vllm is on (the script leaves it off); %s", keep)
+            args.use_vllm = True
+        else:
+            logger.warning("PatchFastRL: %s samples from an engine; %s", type(trainer).__name__, keep)
     if server_only is not None:
         raise UnsupportedError(
             "rollout_func: this TRL release calls it with vllm_mode='server' only, and the shared engine is not a "
             "server. Install TRL 0.26.0 or newer, which calls it in colocate mode too, or train with stock TRL."
         )
-    if args.vllm_mode == "server":
-        logger.warning("PatchFastRL: the script asks for vllm_mode='server'; the engine runs in this process instead.")
-    args.vllm_mode = "colocate"
-    if (standby := standby_requested()) is not None:
+    if getattr(args, "use_teacher_server", False) and not hasattr(args, "teacher_model_server_url"):
+        raise UnsupportedError(
+            "use_teacher_server=True: the teacher's log-probabilities would come from the server that samples, and the "
+            "shared engine is not a server. Set it to False, or train with stock TRL."
+        )
+    if hasattr(args, "vllm_mode"):
+        if args.vllm_mode == "server":
+            logger.warning(
+                "PatchFastRL: the script asks for vllm_mode='server'; the engine runs in this process instead."
+            )
+        args.vllm_mode = "colocate"
+    if hasattr(args, "use_vllm") and (standby := standby_requested()) is not None:
         _set_standby(args, standby)
     _refuse_unsupported(args, model, peft_config)
-    sampling_overrides(args)
-    _trainers.add(trainer)
+    sampling_overrides(args, completions)
+    if loads_later and isinstance(model, str):
+        args.model_init_kwargs = _shareable_kwargs(model, args, peft_config, args.model_init_kwargs or {}, "dtype")
+    _trainers[id(trainer)] = trainer
     return args
 
 
@@ -97,7 +137,8 @@ def _set_standby(args: Any, standby: bool) -> None:
     elif standby:
         raise UnsupportedError(
             f"{STANDBY} asks for standby, but {type(args).__name__} of this TRL release has no vllm_enable_sleep_mode: "
-            "its trainer never puts the engine to sleep. The first releases that do: 0.23.0 for GRPO, 0.24.0 for RLOO. "
+            "its trainer never puts the engine to sleep. The first releases that do: 0.23.0 for GRPO, 0.24.0 for RLOO, "
+            "0.28.0 for Online DPO. "
             f"Install one, or set {STANDBY}=0."
         )
 
@@ -113,7 +154,7 @@ def _refuse_unsupported(args: Any, model: Any, peft_config: Any) -> None:
             f"{processes} processes: one shared engine per process is not supported yet. Start one process "
             "(accelerate launch --num_processes 1), or train with stock TRL."
         )
-    if args.vllm_tensor_parallel_size > 1:
+    if getattr(args, "vllm_tensor_parallel_size", 1) > 1:
         raise UnsupportedError(
             f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: shared weights are not supported with tensor "
             "parallelism yet. Set it to 1."
@@ -165,29 +206,48 @@ def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dic
         create: TRL's `create_model_from_path`, or a `from_pretrained` in its older releases.
         dtype: how `create` calls the precision: ``"dtype"`` or ``"torch_dtype"``.
     """
-    asked = [n for n in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(n)]
-    if args.use_vllm and asked:
-        raise UnsupportedError(
-            f"{asked[0]}: shared quantised weights are not supported yet. Load {model} without it (with LoRA "
-            "the frozen 16-bit base exists once), or train with stock TRL."
-        )
-    if peft_config is not None and args.use_vllm and "dtype" not in kwargs and "torch_dtype" not in kwargs:
-        kwargs = {**kwargs, dtype: "auto"}
-        logger.warning(
-            "PatchFastRL: the frozen base is loaded in its checkpoint's dtype; set `%s` for another one.", dtype
-        )
+    if args.use_vllm:
+        kwargs = _shareable_kwargs(model, args, peft_config, kwargs, dtype)
     loaded = create(model, **kwargs)
     if args.use_vllm and getattr(args, "cast_lm_head_to_fp32", False) and str(loaded.dtype) != "torch.float32":
         raise _fp32_head(loaded.dtype)
     return loaded
 
 
-def samples_by_itself(trainer: Any) -> None:
-    """Said by a trainer that TRL gave no vLLM path yet, and that PatchFastRL leaves as it is."""
+def _shareable_kwargs(model: str, args: Any, peft_config: Any, kwargs: dict[str, Any], dtype: str) -> dict[str, Any]:
+    asked = [n for n in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(n)]
+    if asked:
+        raise UnsupportedError(
+            f"{asked[0]}: shared quantised weights are not supported yet. Load {model} without it (with LoRA "
+            "the frozen 16-bit base exists once), or train with stock TRL."
+        )
+    if peft_config is None or "dtype" in kwargs or "torch_dtype" in kwargs:
+        return kwargs
+    logger.warning("PatchFastRL: the frozen base is loaded in its checkpoint's dtype; set `%s` for another one.", dtype)
+    return {**kwargs, dtype: "auto"}
+
+
+def samples_by_itself(trainer: Any, since: str | None = None, server: bool = False) -> None:
+    """Said by a trainer that the shared engine does not sample for, and that PatchFastRL leaves as it is.
+
+    Args:
+        since: the TRL release whose trainer of that name samples from the shared engine.
+        server: whether its completions come from a server in another process.
+    """
+    _alone[id(trainer)] = trainer
+    name = type(trainer).__name__
+    if server:
+        logger.warning(
+            "PatchFastRL: %s samples from a vLLM server in another process, as it does without PatchFastRL: that "
+            "server has a copy of the weights of its own.",
+            name,
+        )
+        return
     logger.warning(
         "PatchFastRL: %s of this TRL release has no vLLM path. It samples with transformers, as it does without "
-        "PatchFastRL; from TRL 0.22.0 on it samples from the shared engine.",
-        type(trainer).__name__,
+        "PatchFastRL%s.",
+        name,
+        f"; from TRL {since} on it samples from the shared engine" if since else "",
     )
 
 
@@ -202,6 +262,38 @@ def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
         _restore_environment()
 
 
+def build_beside(trainer: Any, args: Any) -> None:
+    """An engine for a trainer that knows of none: `generate` below samples from it."""
+    if id(trainer) not in _trainers:
+        return  # the script keeps it from vLLM, or nothing is sampled
+    from vllm import LLM
+
+    from . import generation
+    from .install import settings
+
+    kwargs = generation.engine_settings(args, trainer.model, settings(), bool(standby_requested()))
+    trainer.llm = build_engine(LLM, trainer, **kwargs)
+    generation.engines.add(trainer.llm)
+    if kwargs["enable_sleep_mode"]:
+        trainer.llm.sleep()
+
+
+def generate(model: Any, **kwargs: Any) -> Any:
+    """In place of `model.generate(...)`."""
+    from . import generation
+
+    return generation.generate(model, **kwargs)
+
+
+def build_early_engine(
+    llm_class: Any, trainer: Any, args: Any, model: nn.Module, processing_class: Any, /, **kwargs: Any
+) -> SharedLLM:
+    """The same, in a trainer that is not one yet: Online DPO before TRL 0.23."""
+    model.to(args.device)  # as the trainer would do later on
+    owner = types.SimpleNamespace(model=model, processing_class=processing_class, trainer=trainer)
+    return build_engine(llm_class, owner, **kwargs)
+
+
 def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM:
     from vllm import LLM
 
@@ -209,12 +301,14 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
 
     if llm_class is not LLM:
         raise UnsupportedError(f"TRL's `LLM` is {llm_class!r}, not vLLM's class: another library has replaced it.")
-    if not any(getattr(trainer, "accelerator", None) is owner.accelerator for trainer in _trainers):
+    if not any(_builds_for(owner, trainer) for trainer in _trainers.values()):
         raise UnsupportedError(
-            f"A trainer other than GRPOTrainer and RLOOTrainer (or their subclasses) asks for vLLM through "
-            f"{type(owner).__name__}. It is not supported yet: set use_vllm=False, or leave PatchFastRL() out."
+            f"Something other than a trainer that PatchFastRL knows asks for vLLM through {type(owner).__name__}. It "
+            "is not supported: set use_vllm=False, or leave PatchFastRL() out."
         )
-    kwargs.pop("model", None)  # the checkpoint's name: weights and configuration come from the live model
+    # The checkpoint's name and precision: weights and configuration come from the live model.
+    for name in ("model", "dtype"):
+        kwargs.pop(name, None)
     # What vLLM's in-process executor reads. TRL sets it too, from 0.20 on.
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
@@ -222,6 +316,12 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
         os.environ["MASTER_PORT"] = str(_free_port())  # TRL's choice is one of four, which others start with as well
     ready = engine.brought_along(owner.model, kwargs)
     return ready or engine.build(owner.model, owner.processing_class, **kwargs)
+
+
+def _builds_for(owner: Any, trainer: Any) -> bool:
+    if trainer is owner or trainer is getattr(owner, "trainer", None):
+        return True
+    return hasattr(owner, "accelerator") and getattr(trainer, "accelerator", None) is owner.accelerator
 
 
 def _free_port() -> int:
@@ -240,7 +340,11 @@ def _restore_environment() -> None:
 
 def publish(owner: Any) -> None:
     """In place of TRL's weight sync."""
-    owner.llm.publish()
+    engine_of(owner).publish()
+
+
+def engine_of(owner: Any) -> SharedLLM:
+    return owner.llm if hasattr(owner, "llm") else owner.vllm_engine  # GOLD's name for it, before TRL 1.0
 
 
 def lora_request(llm: SharedLLM) -> Any:
@@ -255,7 +359,9 @@ def lora_request(llm: SharedLLM) -> Any:
 
 def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
     """In place of `SamplingParams(...)`: TRL's settings with `args.vllm_sampling_params` on top."""
-    merged = {**settings, **(sampling_overrides(args) or {})}
+    given = getattr(args, "vllm_sampling_params", None) or {}
+    wanted = sampling_overrides(args, settings.get("n", 1)) or {}
+    merged = {**settings, **{name: wanted[name] for name in given}}
     return params_class(**guided_decoding.translated(params_class, merged))
 
 
@@ -266,7 +372,7 @@ def live_trainers() -> list[str]:
     """Patched trainers and shared engines that are alive, described for a message."""
     gc.unfreeze()  # vLLM freezes the heap when it builds an engine; what is frozen cannot be found dead
     gc.collect()
-    alive = [f"{type(t).__name__} (model {type(getattr(t, 'model', None)).__name__})" for t in _trainers]
+    alive = [f"{type(t).__name__} (model {type(getattr(t, 'model', None)).__name__})" for t in _trainers.values()]
     if not alive and "patchfastrl.llm" in sys.modules:
         alive = [f"the engine of a {type(llm.shared.model).__name__}" for llm in sys.modules["patchfastrl.llm"].live]
     return alive

@@ -7,9 +7,8 @@ from typing import Any
 from .compat import validation_error
 from .errors import UnsupportedError
 
-# What TRL's loss depends on: config field that owns it, by SamplingParams name.
-_OWNED_BY_TRL = {"temperature": "temperature", "max_tokens": "max_completion_length"}
-_FIXED_BY_TRL = {"n": 1, "logprobs": 0}
+# What TRL's loss depends on: the config fields that may own it, by SamplingParams name.
+_OWNED_BY_TRL = {"temperature": ("temperature",), "max_tokens": ("max_completion_length", "max_new_tokens")}
 
 
 class vLLMSamplingParams(dict):
@@ -32,8 +31,11 @@ class vLLMSamplingParams(dict):
         return dict, (dict(self),)
 
 
-def sampling_overrides(args: Any) -> dict[str, Any] | None:
+def sampling_overrides(args: Any, completions: int = 1) -> dict[str, Any] | None:
     """`args.generation_kwargs` with `args.vllm_sampling_params` on top: TRL's own way into `SamplingParams`.
+
+    Args:
+        completions: how many TRL asks of the engine for each prompt.
 
     Raises:
         UnsupportedError: a field that TRL must control, or that is set twice with different values, or that vLLM does
@@ -60,14 +62,16 @@ def sampling_overrides(args: Any) -> dict[str, Any] | None:
         SamplingParams(**{k: v for k, v in given.items() if k != "structured_outputs"})  # which may be a dict here
     except validation_error.refusals() as error:
         raise UnsupportedError(f"vLLM refuses vllm_sampling_params={dict(given)}: {error}") from error
+    fixed = {"n": completions, "logprobs": 0}
     for name, value in given.items():
-        if name in _FIXED_BY_TRL and value != _FIXED_BY_TRL[name]:
+        if name in fixed and value != fixed[name]:
             raise UnsupportedError(
-                f"vLLMSamplingParams({name}={value!r}): TRL needs {name}={_FIXED_BY_TRL[name]} (it repeats "
+                f"vLLMSamplingParams({name}={value!r}): TRL needs {name}={fixed[name]} (it repeats "
                 "prompts itself and "
                 "reads the sampled token's log-probability). Set num_generations for more completions per prompt."
             )
-        if (owner := _OWNED_BY_TRL.get(name)) is not None and value != getattr(args, owner):
+        owner = next((field for field in _OWNED_BY_TRL.get(name, ()) if hasattr(args, field)), None)
+        if owner is not None and value != getattr(args, owner):
             raise UnsupportedError(
                 f"vLLMSamplingParams({name}={value!r}) against "
                 f"{type(args).__name__}({owner}={getattr(args, owner)!r}): TRL's "

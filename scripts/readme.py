@@ -1,4 +1,4 @@
-"""Writes the two generated tables of README.md anew: the support table, and what is patched.
+"""Writes the three generated tables of README.md anew: the support table, the trainers, and what is patched.
 
 python scripts/readme.py [README.md]
 """
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from patchfastrl.compat import support
 from patchfastrl.errors import PatchFastRLError
-from patchfastrl.patches import SEAMS
+from patchfastrl.patches import SEAMS, trainers
 from patchfastrl.seam import variants
 
 
 def generated(text: str) -> str:
     """`text` with what stands between the markers replaced."""
-    return _between(_between(text, "support table", support.markdown_table()), "seams", _seams())
+    text = _between(text, "support table", support.markdown_table())
+    return _between(_between(text, "trainers", trainers.markdown_table()), "seams", _seams())
 
 
 def _seams() -> str:

@@ -89,11 +89,30 @@ def test_the_precision_goes_by_the_name_of_its_time(name: str) -> None:
     assert given == {"use_cache": False}
 
 
+class Alone:
+    pass
+
+
 def test_a_trainer_without_a_vllm_path_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "patchfastrl"):
-        runtime.samples_by_itself(SimpleNamespace())
-    assert "has no vLLM path" in caplog.text
-    assert "from TRL 0.22.0 on" in caplog.text
+        runtime.samples_by_itself(Alone())
+        assert caplog.text.count("has no vLLM path") == 1
+        assert "from TRL" not in caplog.text
+        runtime.samples_by_itself(Alone(), since="0.22.0")
+        assert "from TRL 0.22.0 on" in caplog.text
+        runtime.samples_by_itself(Alone(), server=True)
+        assert "a vLLM server in another process" in caplog.text
+
+
+def test_a_trainer_that_inherits_vllm_and_never_samples_from_it() -> None:
+    """Nash-MD and XPO are made by Online DPO's `__init__`."""
+    trainer = Alone()
+    runtime.samples_by_itself(trainer)
+    args = SimpleNamespace(use_vllm=False)
+    assert runtime.configure(trainer, args, "a/model", None) is args
+    assert not args.use_vllm
+    with pytest.raises(UnsupportedError, match=r"Alone: use_vllm=True builds an engine that this trainer never"):
+        runtime.configure(trainer, SimpleNamespace(use_vllm=True), "a/model", None)
 
 
 def test_the_report_of_a_trainer_that_owns_its_engine() -> None:

@@ -234,7 +234,7 @@ def test_an_engine_for_nobody(tmp_path: Path) -> None:
     from trl.generation.vllm_generation import VLLMGeneration
 
     before = dict(os.environ)
-    with pytest.raises(UnsupportedError, match=r"A trainer other than GRPOTrainer and RLOOTrainer"):
+    with pytest.raises(UnsupportedError, match=r"Something other than a trainer that PatchFastRL knows"):
         VLLMGeneration(model=tiny.model(), accelerator=Accelerator(cpu=True), processing_class=tiny.tokenizer())
     assert dict(os.environ) == before  # TRL announces a process group of one, for which accelerate would look
 

@@ -109,7 +109,7 @@ CREATE = "args, peft_config, model_init_kwargs"
         ("0.27.2", GRPO, 'self.llm.collective_rpc("reload_weights")', None),
         ("0.28.0", ENGINE, 'self.llm.collective_rpc("reload_weights")', None),
         ("1.9.2", ENGINE, "except NotImplementedError:", None),
-        ("0.21.0", RLOO, None, "@samples_by_itself(self)"),
+        ("0.21.0", RLOO, None, '@samples_by_itself(self, since="0.22.0")'),
         (
             "0.18.2",
             CONFIG,
@@ -140,7 +140,9 @@ def test_nothing_reloads_a_checkpoint(release: str, wheels: Wheels) -> None:
 def checkout(release: str, folder: Path, to: Path) -> Path:
     """A checkout of TRL, as far as seams look at it."""
     with zipfile.ZipFile(next(folder.glob(f"trl-{release}-*.whl"))) as archive:
-        archive.extractall(to, [name for name in archive.namelist() if name.startswith(("trl/trainer", "trl/gen"))])
+        archive.extractall(
+            to, [name for name in archive.namelist() if name.startswith(("trl/trainer", "trl/gen", "trl/exp"))]
+        )
     (to / "VERSION").write_text(f"{release}\n", encoding="utf-8")
     return to
 
@@ -233,7 +235,7 @@ def test_a_release_that_nobody_declared(folder: Path, tmp_path: Path, capsys: py
     assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("trl 1.17.0.dev0: NOT DECLARED\n")
-    assert "tried were the 17 of 1.16.0" in printed
+    assert "tried were the 56 of 1.16.0" in printed
     assert "all of them fit" in printed
     (root / ENGINE).unlink()
     assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
@@ -259,7 +261,7 @@ def test_wheels_are_kept_and_named_wheels_are_read(
     (wheel,) = folder.glob("trl-0.24.0-*.whl")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched once more"))
     assert main(["check-source", "0.24.0", str(wheel), "--wheels", str(folder)]) == 0
-    assert capsys.readouterr().out == "trl 0.24.0: ok, 18 seams\n" * 2
+    assert capsys.readouterr().out == "trl 0.24.0: ok, 30 seams\n" * 2
 
 
 @pytest.mark.parametrize(
