@@ -2,8 +2,8 @@
 
 Each CPU row of compat/support.json that is not known to be broken gets an environment of its own, built from
 requirements/matrix/trl-X.txt (every package, pinned); tests/cell.py runs in it; then the environment is removed. A cell
-that fails does not stop the others. build/matrix/ gets report.md, report.json, and a log of each cell. The exit status is
-1 when a cell failed.
+that fails does not stop the others. build/matrix/ gets report.md, report.json, and a log of each cell. The exit status
+is 1 when a cell failed.
 """
 
 from __future__ import annotations

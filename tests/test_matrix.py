@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-ROW = dict(vllm="0.30.0", torch="2.13.0", transformers="5.23.0", peft="0.21.2", accelerate="1.15.0")
+ROW = {"vllm": "0.30.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0"}
 ROW |= {"platform": "cpu", "pair": "trl", "status": "tested", "notes": ""}
 
 
