@@ -1,6 +1,6 @@
 """vLLM's CPU worker replaces functions of vLLM that other modules take by name: it has to be imported before them.
 
-Requirement: vLLM on the CPU platform that has `vllm.v1.worker.cpu.shm`, 0.20 and later.
+Requirement: vLLM on the CPU platform that has `vllm.v1.worker.cpu.shm`: seen from 0.23 on, 0.19 has none yet.
 Reason: vLLM itself imports its LoRA layers after the worker. Imported earlier (vLLM's model loaders import them), they
 keep the `async_tensor_h2d` that pins memory, and without a GPU the first adapter fails in it (vLLM 0.23).
 Link: vllm/v1/worker/cpu/shm.py
