@@ -4,13 +4,17 @@ SHELL := /bin/bash
 VENV ?= .venv
 TYPES := build/types
 
-.PHONY: demo test lint environment clean
+.PHONY: demo test lint matrix environment clean
 
 demo: environment
 	@$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Every row of the support table, each in an environment of its own; ARGS=--ci: the oldest, one of each era, the newest.
+matrix: environment
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/nox -R -s matrix -- $(ARGS)
 
 # Type checkers see patches/ and compat/ as sub-packages only where they lie as they are installed.
 lint: environment

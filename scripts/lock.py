@@ -23,8 +23,8 @@ from patchfastrl.compat.support import TORCH_CPU_INDEX, Row, newest, rows
 FOLDER = Path(__file__).parents[1] / "requirements"
 PYTHONS = ("3.11", "3.12", "3.13")
 # Besides the row: what TRL and a cell of the matrix use; what the demo and the tests use.
-ALSO = ["datasets", "libcst", "packaging", "rich", "setuptools>=77"]
-TESTS = ["hypothesis", "matplotlib", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+ALSO = ["datasets", "libcst", "packaging", "rich", "setuptools>=77", "uv"]
+TESTS = ["hypothesis", "matplotlib", "mypy", "nox", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 # vLLM's CPU build asks for these four. They are CUDA builds on the registry: with that torchvision transformers does
 # not import, and triton is a gigabyte for nothing.
 NEVER_ON_CPU = ["torchvision", "torchaudio", "torchcodec", "triton"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -44,8 +45,8 @@ examples:
   nox -s matrix -- 1.6.0 --keep          leaves build/matrix/trl-1.6.0/, to look into a failure with
                                          build/matrix/trl-1.6.0/bin/python tests/cell.py
 
-With `uv` on the PATH environments are built in seconds (it takes PIP_FIND_LINKS for its own UV_FIND_LINKS when that is
-not set); without it, by venv and pip. A row's Python must be installed, or be one that uv can fetch.
+With `uv` on the PATH environments are built in seconds (it is given pip's find-links, index-url and cert, unless its
+own variables are set); without it, by venv and pip. A row's Python must be installed, or be one that uv can fetch.
 A new row: add it to compat/support.json, then `python scripts/lock.py X` writes its requirements.
 """
 
@@ -106,6 +107,18 @@ def choose(rows: Mapping[str, dict[str, Any]], names: list[str], ci: bool) -> li
 # One cell -------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def pip_settings() -> dict[str, str]:
+    """pip's own configuration in uv's environment variables, as uv does not read it."""
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    found = {}
+    for line in listed.stdout.splitlines():
+        name, _, value = line.partition("=")
+        found[name.rpartition(".")[2]] = value.strip("'\"")
+    known = {"find-links": "UV_FIND_LINKS", "index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE"}
+    return {uv: ",".join(found[pip].split()) for pip, uv in known.items() if pip in found}
+
+
 class Environment:
     """A virtual environment for one row; everything that happens in it is written to `log`."""
 
@@ -117,8 +130,7 @@ class Environment:
     def run(self, *command: str | Path, cwd: Path = ROOT) -> None:
         """Raises `Failed` when the command fails, or takes longer than the limit."""
         inherited = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
-        if "PIP_FIND_LINKS" in inherited:
-            inherited.setdefault("UV_FIND_LINKS", ",".join(inherited["PIP_FIND_LINKS"].split()))
+        inherited = pip_settings() | inherited
         inherited |= {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(map(str, command))}\n".encode())
