@@ -97,16 +97,12 @@ SHARED = (
 GRPO, RLOO, ONLINE_DPO, GOLD, DISTILLATION, IW_OPD, SDFT, SDPO, SSD = SHARED
 
 _GRPO, _DISTILLATION = f"{ENGINE}, inherited from GRPO", f"{ENGINE}, inherited from Distillation"
+_REPLAY = "GRPOWithReplayBuffer"
 INHERITING = (
     Trainer("DPPO", "", _GRPO, (_own("dppo", "DPPO", "1.0", "1.9"),)),
     Trainer("GFPO", "", _GRPO, (_own("gfpo", "GFPO", "0.24", "1.8"),)),
     Trainer("GMPO", "", _GRPO, (_own("gmpo", "GMPO", "1.7"),)),
-    Trainer(
-        "GRPO with replay buffer",
-        "",
-        _GRPO,
-        (_own("grpo_with_replay_buffer", "GRPOWithReplayBuffer", "0.24", "1.14"),),
-    ),
+    Trainer("GRPO with replay buffer", "", _GRPO, (_own("grpo_with_replay_buffer", _REPLAY, "0.24", "1.14"),)),
     Trainer("GSPO-token", "", _GRPO, (Home("trl.experimental.gspo_token.grpo", "GRPO", "0.24", "1.14"),)),
     Trainer("MiniLLM", "", _GRPO, (_own("minillm", "MiniLLM", "0.26", "1.15"),)),
     Trainer("PAPO", "", _GRPO, (_own("papo", "PAPO", "0.25", "1.8"),)),
@@ -123,15 +119,13 @@ A2PO, GKD = BESIDE
 
 # No vLLM path in TRL: they sample from the very model in training, so from its current weights.
 _GENERATE = "transformers' `generate` from the model in training, as without PatchFastRL"
-# A seam of theirs says so when one is made.
+_REFUSED = f"{_GENERATE}; `use_vllm=True` is refused"
 BY_THEMSELVES = (
     Trainer("RLOO, the older trainer", "rloo", _GENERATE, (Home("trl.trainer.rloo", "RLOO", FIRST, "0.22"),)),
-    Trainer(
-        "Nash-MD", "nash_md", f"{_GENERATE}; `use_vllm=True` is refused", _moved("nash_md", "NashMD", "0.26", "1.14")
-    ),
+    Trainer("Nash-MD", "nash_md", _REFUSED, _moved("nash_md", "NashMD", "0.26", "1.14")),
     Trainer("PPO", "ppo", _GENERATE, _moved("ppo", "PPO", "0.26", "1.13")),
     Trainer("SDFT, the older trainer", "sdft", _GENERATE, (_own("sdft", "SDFT", "1.0", "1.6"),)),
-    Trainer("XPO", "xpo", f"{_GENERATE}; `use_vllm=True` is refused", _moved("xpo", "XPO", "0.26", "1.14")),
+    Trainer("XPO", "xpo", _REFUSED, _moved("xpo", "XPO", "0.26", "1.14")),
 )
 
 _SERVER = "a vLLM server in another process, which PatchFastRL leaves alone"
