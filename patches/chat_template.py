@@ -14,6 +14,8 @@ from .trainers import GRPO, RLOO
 class ChatTemplateKwargs(Rewrite):
     """``self.llm.chat(...)`` gets ``chat_template_kwargs=self.chat_template_kwargs``."""
 
+    words = ("llm.chat",)
+
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         if not reads(original_node.func, "self.llm.chat"):
             return updated_node

@@ -14,6 +14,8 @@ from .trainers import DISTILLATION, GOLD, GRPO, IW_OPD, ONLINE_DPO, RLOO, SDFT, 
 class TrainerMode(Rewrite):
     """``self.vllm_mode = args.vllm_mode [if args.use_vllm else None]`` becomes ``... = "colocate" [...]``."""
 
+    words = ("vllm_mode",)
+
     def leave_Assign(self, original_node: cst.Assign, updated_node: cst.Assign) -> cst.Assign:
         target = original_node.targets[0].target
         if not reads(target, "self.vllm_mode"):
@@ -27,6 +29,8 @@ class TrainerMode(Rewrite):
 
 class GenerationMode(Rewrite):
     """``VLLMGeneration(..., mode=args.vllm_mode, ...)`` becomes ``VLLMGeneration(..., mode="colocate", ...)``."""
+
+    words = ("VLLMGeneration",)
 
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         if not reads(original_node.func, "VLLMGeneration"):

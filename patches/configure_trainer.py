@@ -24,6 +24,8 @@ class ConfigureTrainer(Rewrite):
         peft_config: what the trainer was given to make an adapter with.
     """
 
+    words = ("args is None",)
+
     def __init__(self, more: str = "", peft_config: str = "peft_config") -> None:
         super().__init__()
         self.statement = CONFIGURE.format(more=more, peft_config=peft_config)
@@ -38,6 +40,8 @@ class ConfigureTrainer(Rewrite):
 
 class ConfigureAtOnce(ConfigureTrainer):
     """It becomes the first statement of ``__init__``, which makes no arguments of its own."""
+
+    words = ()
 
     def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If:
         return updated_node

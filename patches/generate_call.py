@@ -23,6 +23,7 @@ class EngineBeside(Rewrite):
     def __init__(self, after: str) -> None:
         super().__init__()
         self.target, self.value = after.split(" = ")
+        self.words = (self.target,)
 
     def leave_SimpleStatementLine(
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
@@ -38,6 +39,8 @@ class EngineBeside(Rewrite):
 
 class GenerateCall(Rewrite):
     """``model.generate(...)`` becomes ``generate(model, ...)``, every argument kept."""
+
+    words = (".generate",)
 
     def __init__(self, model: str) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ class LoadPolicy(Rewrite):
 
     def __init__(self, create: str, model: str, dtype: str) -> None:
         super().__init__()
+        self.words = (create,)
         self.call = f"{create}({model}, **model_init_kwargs)"
         self.replacement = f'@load_model({create}, {model}, args, peft_config, model_init_kwargs, "{dtype}")'
 

@@ -20,6 +20,8 @@ class LoraRequest(Rewrite):
         engine: where the engine is, ``"self.llm"`` above.
     """
 
+    words = (".generate", ".chat")
+
     def __init__(self, engine: str) -> None:
         super().__init__()
         self.engine = engine

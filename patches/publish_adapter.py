@@ -30,6 +30,8 @@ class PublishAdapter(Rewrite):
 class PublishInline(Rewrite):
     """``llm_model.load_weights(model.state_dict().items())`` becomes ``publish(self)``."""
 
+    words = ("load_weights",)
+
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
         if not reads(original_node, "llm_model.load_weights(model.state_dict().items())"):
             return updated_node

@@ -21,6 +21,8 @@ def _reloads(body: object) -> bool:
 class ReloadWeights(Rewrite):
     """The statement ``self.llm.collective_rpc("reload_weights")`` goes."""
 
+    words = ("reload_weights",)
+
     def leave_SimpleStatementLine(
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ) -> cst.SimpleStatementLine | cst.RemovalSentinel:
@@ -32,6 +34,8 @@ class ReloadWeights(Rewrite):
 
 class TryToReloadWeights(Rewrite):
     """``try: self.llm.collective_rpc("reload_weights")`` goes, its ``except NotImplementedError`` with it."""
+
+    words = ("reload_weights",)
 
     def leave_Try(self, original_node: cst.Try, updated_node: cst.Try) -> cst.Try | cst.RemovalSentinel:
         handled = [handler.type for handler in original_node.handlers]

@@ -14,6 +14,8 @@ from .trainers import DISTILLATION, GRPO, ONLINE_DPO, RLOO, SDFT, SDPO, SSD
 class SamplingOverrides(Rewrite):
     """``VLLMGeneration(..., generation_kwargs=args.generation_kwargs)`` takes ``sampling_overrides(args)`` instead."""
 
+    words = ("VLLMGeneration",)
+
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
         if not reads(original_node.func, "VLLMGeneration"):
             return updated_node
@@ -28,6 +30,8 @@ class SamplingOverrides(Rewrite):
 
 class SamplingSettings(Rewrite):
     """``SamplingParams(...)`` becomes ``sampling_params(SamplingParams, self.args, ...)``, every argument kept."""
+
+    words = ("SamplingParams",)
 
     args = "self.args"
 

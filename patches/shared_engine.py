@@ -14,6 +14,8 @@ from .releases import between, outside
 class SharedEngine(Rewrite):
     """``LLM(...)`` becomes ``build_engine(LLM, self, ...)``, every argument kept."""
 
+    words = ("LLM(",)
+
     function = "@build_engine"
     leading: tuple[str, ...] = ("LLM", "self")
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ class Rewrite(cst.CSTTransformer):
     """The transformer of a seam: `leave_*` methods replace what they match and count it in `found`.
 
     They match on the original node and change the updated one, so that seams of one function do not see each other.
+
+    Attributes:
+        words: a statement with none of these in its text cannot match, and is not even parsed: most of a trainer's
+            `__init__` is none of ours, and parsing it is where the time would go. Empty: the whole target is parsed.
     """
+
+    words: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +240,7 @@ def rewrite(source: Source, seams: Sequence[Seam]) -> Rewritten:
             found.update({seam.name: seam.count * len(targets) for seam in by_target[qualname]})
             continue
         target = targets[0]
-        segment, counts = _rewrite_segment(lines[target.first - 1 : target.last], by_target[qualname])
+        segment, counts = _rewrite_target(lines, target, by_target[qualname])
         found.update(counts)
         replaced.append((target, segment))
     # From the bottom up, so that the line numbers above stay true.
@@ -246,24 +253,46 @@ def rewrite(source: Source, seams: Sequence[Seam]) -> Rewritten:
     return Rewritten(source, "\n".join(lines), functions, attributes, found)
 
 
-def _rewrite_segment(segment: list[str], seams: Sequence[Seam]) -> tuple[list[str], dict[str, int]]:
-    """Rewrite the lines of one definition, however deep it is indented."""
-    nested = segment[0][:1].isspace()
-    wrapper = "class _:\n" if nested else ""
+def _rewrite_target(lines: list[str], target: Target, seams: Sequence[Seam]) -> tuple[list[str], dict[str, int]]:
+    """The lines of a target with its seams in them, and how often each one matched."""
+    transformers = {seam.name: seam.rewrite() for seam in seams}
+    together = _Together(transformers.values())
+    segment = lines[target.first - 1 : target.last]
+    for first, last in reversed(_relevant(target, lines, list(transformers.values()))):
+        part = slice(first - target.first, last - target.first + 1)
+        segment[part] = _rewrite_lines(
+            segment[part], together, seams[0], whole=(first, last) == (target.first, target.last)
+        )
+    return segment, {name: transformer.found for name, transformer in transformers.items()}
+
+
+def _relevant(target: Target, lines: list[str], rewrites: Sequence[Rewrite]) -> list[tuple[int, int]]:
+    """The first and last lines of the statements in a target that have to be parsed; the whole target if in doubt."""
+    whole = [(target.first, target.last)]
+    if not isinstance(target.node, FUNCTION) or not all(rewrite.words for rewrite in rewrites):
+        return whole
+    words = {word for rewrite in rewrites for word in rewrite.words}
+    spans = [(_first_line(node), node.end_lineno or node.lineno) for node in target.node.body]
+    if any(later[0] <= earlier[1] for earlier, later in pairwise(spans)) or spans[0][0] <= target.node.lineno:
+        return whole  # several statements on one line
+    return [span for span in spans if any(word in line for line in lines[span[0] - 1 : span[1]] for word in words)]
+
+
+def _rewrite_lines(segment: list[str], together: _Together, seam: Seam, whole: bool) -> list[str]:
+    """Rewrite the lines of one definition, or of one statement of a function, however deep they are indented."""
+    indent = len(segment[0]) - len(segment[0].lstrip())
+    wrapper = ("class _:\n" if whole else "def _():\n") if indent else ""
     try:
         tree = cst.parse_module(wrapper + "\n".join(segment) + "\n")
     except cst.ParserSyntaxError as error:
         raise SeamError(
-            f"libcst cannot parse {seams[0].target}, which Python can: {error}. Nothing was changed. "
+            f"libcst cannot parse {seam.target}, which Python can: {error}. Nothing was changed. "
             "Update it (pip install -U libcst).",
-            seam=seams[0].name,
+            seam=seam.name,
             found=str(error),
-            expected=seams[0].count,
+            expected=seam.count,
         ) from error
-    transformers = {seam.name: seam.rewrite() for seam in seams}
-    code = tree.visit(_Together(transformers.values())).code
-    found = {name: transformer.found for name, transformer in transformers.items()}
-    return code.removeprefix(wrapper).removesuffix("\n").split("\n"), found
+    return tree.visit(together).code.removeprefix(wrapper).removesuffix("\n").split("\n")
 
 
 def _import_line(tree: ast.Module) -> int:
