@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from patchfastrl.compat import support, versions
 from patchfastrl.errors import PatchFastRLError, UnsupportedError
+from patchfastrl.patches import trainers
 
 ROOT = Path(__file__).parents[1]
 NEWEST = {"trl": "1.16.0", "vllm": "0.30.0", "torch": "2.13.0", "transformers": "5.23.0"}
@@ -77,7 +78,8 @@ def test_readme_tables_are_up_to_date(tmp_path: Path) -> None:
 
 def test_command_rewrites_only_the_tables(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    blocks = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nafter\n" for name in ("support table", "seams")]
+    names = ("support table", "trainers", "seams")
+    blocks = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nafter\n" for name in names]
     page.write_text("".join(["before\n", *blocks]), encoding="utf-8")
     _write_tables(page)
     text = page.read_text(encoding="utf-8")
@@ -85,7 +87,8 @@ def test_command_rewrites_only_the_tables(tmp_path: Path) -> None:
     assert text.endswith("<!-- seams: end -->\nafter\n")
     assert "| 1.16.0 | 0.30.0 |" in text
     assert "[`engine.build`](https://" in text
-    assert "old" not in text
+    assert trainers.markdown_table() in text
+    assert "\nold\n" not in text
 
 
 def test_missing_markers_are_named(tmp_path: Path) -> None:
