@@ -24,7 +24,7 @@ class ConfigureTrainer(Rewrite):
         peft_config: what the trainer was given to make an adapter with.
     """
 
-    words = ("args is None",)
+    words: tuple[str, ...] = ("args is None",)
 
     def __init__(self, more: str = "", peft_config: str = "peft_config") -> None:
         super().__init__()
