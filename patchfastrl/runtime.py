@@ -138,8 +138,7 @@ def _set_standby(args: Any, standby: bool) -> None:
         raise UnsupportedError(
             f"{STANDBY} asks for standby, but {type(args).__name__} of this TRL release has no vllm_enable_sleep_mode: "
             "its trainer never puts the engine to sleep. The first releases that do: 0.23.0 for GRPO, 0.24.0 for RLOO, "
-            "0.28.0 for Online DPO. "
-            f"Install one, or set {STANDBY}=0."
+            f"0.28.0 for Online DPO. Install one, or set {STANDBY}=0."
         )
 
 
