@@ -1,7 +1,4 @@
-"""Every trainer of TRL that samples completions: where it lives, by release, and who samples for it.
-
-The only source of the seams' targets and of the README's table.
-"""
+"""Every trainer of TRL that samples: where it is, by release, and who samples. Seams and README go by this alone."""
 
 from __future__ import annotations
 
@@ -117,7 +114,7 @@ BESIDE = (
 )
 A2PO, GKD = BESIDE
 
-# No vLLM path in TRL: they sample from the very model in training, so from its current weights.
+# They sample from the very model in training, so from its current weights.
 _GENERATE = "transformers' `generate` from the model in training, as without PatchFastRL"
 _REFUSED = f"{_GENERATE}; `use_vllm=True` is refused"
 BY_THEMSELVES = (
