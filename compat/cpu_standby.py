@@ -59,9 +59,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def install(worker: Any) -> KVCacheStorages:
-    """Replace `sleep` and `wake_up` of this CPU worker. Its KV cache must be allocated already."""
-    storages = KVCacheStorages(worker.model_runner.kv_caches)
+def install(worker: Any, own_weights: list[torch.Tensor]) -> KVCacheStorages:
+    """Replace `sleep` and `wake_up` of this CPU worker. Its KV cache must be allocated already.
+
+    Args:
+        own_weights: what else is released; their contents are lost, as the cache's are.
+    """
+    storages = KVCacheStorages([worker.model_runner.kv_caches, own_weights])
 
     def sleep(level: int = 1) -> None:
         storages.release()

@@ -29,6 +29,10 @@ ADAPTER_PATH = "patchfastrl:in-memory"  # never read: vLLM fails loudly if it ev
 _publishing = True
 
 
+def publishing() -> bool:
+    return _publishing
+
+
 @contextlib.contextmanager
 def publishing_disabled() -> Iterator[None]:
     """For controls in tests and demos only: nothing is published and nothing checks that the slot is current."""
@@ -146,11 +150,14 @@ def adapters_of(model: nn.Module, name: str) -> list[Adapter]:
     """The LoRA modules of adapter `name`.
 
     Raises:
-        UnsupportedError: something is trained, or adapted, that the slot cannot hold.
+        UnsupportedError: something is trained, or adapted, that the engine cannot serve.
     """
     from peft import PeftModel
-    from peft.tuners.lora import Linear
+    from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # PEFT defines the second only where bitsandbytes is installed.
+    servable = [kind for kind in (lora.Linear, getattr(lora, "Linear4bit", None)) if kind is not None]
 
     assert isinstance(model, PeftModel)
     refuse_unservable(model.peft_config[name])
@@ -167,7 +174,7 @@ def adapters_of(model: nn.Module, name: str) -> list[Adapter]:
                     "target_modules."
                 )
             continue
-        if type(module) is not Linear or getattr(module, "lora_variant", {}).get(name):
+        if type(module) not in servable or getattr(module, "lora_variant", {}).get(name):
             variant = getattr(module, "lora_variant", {}).get(name)
             kind = type(module).__name__ if variant is None else type(variant).__name__
             raise UnsupportedError(f"{path} is adapted by PEFT's {kind}, which the engine's slot cannot hold.")
@@ -184,6 +191,12 @@ def adapters_of(model: nn.Module, name: str) -> list[Adapter]:
     if not found:
         raise UnsupportedError(f"Adapter {name!r} has no LoRA module: nothing would be trained.")
     return found
+
+
+def active_adapters(model: nn.Module) -> list[Adapter]:
+    """The LoRA modules that the model is trained with; empty without an adapter, or with it disabled."""
+    name = active_adapter(model)
+    return [] if name is None else adapters_of(model, name)
 
 
 def slot_rank(model: nn.Module) -> int:

@@ -11,7 +11,8 @@ from vllm import SamplingParams
 from .errors import SharingError
 from .interrupts import uninterrupted
 from .llm import SharedLLM
-from .sharing import base_of, dtype_of
+from .packed import scales_of
+from .sharing import base_of
 
 
 def audit(llm: SharedLLM) -> None:
@@ -21,18 +22,21 @@ def audit(llm: SharedLLM) -> None:
         SharingError: names what is not shared.
     """
     shared = llm.shared
-    if not llm.private:
-        shared.check()
+    shared.check()
     for name, parameter in shared.parameters.items():
         if parameter.is_inference():
             raise SharingError(f"{name} became an inference tensor and could not be trained.")
     llm.publish()
     _probe(llm, "a probe prompt")
-    if not llm.private:
-        homes = list(shared.homes.values())
-        for half in (homes[0::2], homes[1::2], homes[: len(homes) // 2]):
-            with _altered(half):
-                _probe(llm, "a probe prompt after writing into the trainer's parameters")
+    of_home: dict[str, list[torch.Tensor]] = {}
+    for name, (home, _) in shared.plan.views.items():
+        of_home.setdefault(home, []).append(shared.parameters[name])
+    homes = list(of_home.values())
+    for half in (homes[0::2], homes[1::2], homes[: len(homes) // 2]):
+        with _altered([parameter for parameters in half for parameter in parameters]):
+            llm.publish()
+            _probe(llm, "a probe prompt after writing into the trainer's parameters")
+    llm.publish()
     llm.drop_prefixes()
     llm.seconds.clear()
 
@@ -44,7 +48,8 @@ def _altered(tensors: list[torch.Tensor]) -> Iterator[None]:
     An engine that computes with copies that it made while loading does not follow, wherever it hides them. Vectors
     (biases, norms) are often all zero in a fresh model, where a sign says nothing, and small enough to be kept.
     """
-    matrices = [t.data for t in tensors if t.dim() > 1]
+    packed = [scale for t in tensors for scale in scales_of(t)]
+    matrices = packed + [t.data for t in tensors if t.dim() > 1 and not scales_of(t)]
     vectors = [t.data for t in tensors if t.dim() <= 1]
     kept = [v.clone() for v in vectors]
     with uninterrupted(), torch.no_grad():
@@ -81,7 +86,7 @@ def _probe(llm: SharedLLM, what: str, length: int = 24) -> None:
     trainer = logits[:-1].log_softmax(-1).cpu()[torch.arange(length - 1), torch.tensor(ids[1:])]
     distance = (engine - trainer).abs().mean().item()
     # Rounding grows with the spread of the logits. In half precision, 32 layers deep, it is 5 to 7 % of it.
-    exact = dtype_of(model) == torch.float32 and not llm.private
+    exact = {p.dtype for p in llm.shared.engine_model.parameters() if p.is_floating_point()} == {torch.float32}
     limit = (1e-3 if exact else 0.2) * logits.std(-1).mean().item()
     if not distance <= limit:
         raise SharingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import logging
 import os
@@ -16,16 +17,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import BitsAndBytesConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
-from . import adapters, guards, memory, sharing
+from . import adapters, guards, memory, rollouts, sharing
 from .audit import audit
 from .compat import (
     cpu_experts,
     cpu_import_order,
     cpu_kv_cache,
     cpu_linear,
+    cpu_packed,
     cpu_preload,
     cpu_rms_norm,
     cpu_standby,
@@ -33,9 +36,11 @@ from .compat import (
     expert_slots,
     import_errors,
 )
+from .copies import Copies
 from .errors import UnsupportedError
 from .llm import SharedLLM, live
-from .sharing import base_of, dtype_of
+from .packed import quant_state
+from .sharing import base_of, base_parameters, dtype_of
 
 logger = logging.getLogger("patchfastrl")
 
@@ -67,11 +72,8 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
         placed: whether the model is where it will train, so that its device can be checked too.
     """
     base = base_of(model)
-    if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
-        raise UnsupportedError(
-            f"{type(base).__name__} is quantised; shared quantised weights are not supported yet. Load it without "
-            "quantization_config (load_in_4bit=False), or train it with stock TRL."
-        )
+    if (config := getattr(base.config, "quantization_config", None)) is not None:
+        refuse_quantization(config)
     known = ModelRegistry.get_supported_archs()
     if not {type(base).__name__, *(base.config.architectures or ())} & set(known):
         raise UnsupportedError(
@@ -89,12 +91,25 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
         adapters.adapters_of(model, name)
 
 
+def refuse_quantization(config: Any) -> None:
+    """Raises UnsupportedError unless it is bitsandbytes' 4-bit, which an engine can be filled from."""
+    if isinstance(config, BitsAndBytesConfig) and config.load_in_4bit:
+        return
+    raise UnsupportedError(
+        f"{type(config).__name__} ({getattr(config, 'quant_method', 'unknown')}): of quantised models only "
+        "bitsandbytes' 4-bit (BitsAndBytesConfig(load_in_4bit=True), QLoRA) can be sampled from here. Load the model "
+        "without quantization_config, or train it with stock TRL."
+    )
+
+
 def _write_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """The live model's configuration and tokenizer for vLLM to read. No weights."""
     base = base_of(model)
     if not getattr(base.config, "architectures", None):
         base.config.architectures = [type(base).__name__]
-    base.config.save_pretrained(folder)
+    config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)  # the engine's own weights are unpacked
+    config.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
@@ -152,18 +167,25 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
     for old in list(live):
         old.close("another engine was built in this process, which has room for one. Use the newer trainer or model.")
     on_cpu = current_platform.is_cpu()
-    dtype = dtype_of(model)
-    private = dtype == torch.float32 and not on_cpu
     sleep_mode = bool(kwargs.pop("enable_sleep_mode", False))
-    if kwargs.pop("quantization", None):
-        raise UnsupportedError("Shared quantised weights are not supported yet. Load the model without quantisation.")
-    for name in ("trust_remote_code", "revision", "tokenizer"):
+    # TRL asks for bitsandbytes here when the trainer's model is quantised. The engine's weights are not.
+    for name in ("trust_remote_code", "revision", "tokenizer", "quantization"):
         kwargs.pop(name, None)
-    if max_lora_rank is None and isinstance(model, PeftModel):
+    parameters = base_parameters(model)
+    packed = any(quant_state(p) is not None for p in parameters.values())
+    dtype = dtype_of(model)
+    cast = packed or (dtype == torch.float32 and not on_cpu)
+    dtype = torch.bfloat16 if dtype == torch.float32 and not on_cpu else dtype
+    copied: set[str] = set()
+    merging = False
+    if max_lora_rank is not None or isinstance(model, PeftModel):
+        copied, merging = rollouts.merged(model, dtype, sleep_mode, kwargs)
+    if max_lora_rank is None and isinstance(model, PeftModel) and not merging:
         max_lora_rank = adapters.slot_rank(model)
     if max_lora_rank is not None:
         kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot_rank_for(max_lora_rank)}
     if on_cpu:
+        cpu_packed.plain_layout(model)
         kwargs.setdefault("enforce_eager", True)
         kwargs.setdefault("kv_cache_memory_bytes", memory.kv_cache_bytes(base_of(model).config, dtype, kwargs))
     else:
@@ -173,8 +195,9 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
     made: dict[str, Any] = {}
 
     def on_load(engine_model: nn.Module) -> None:
-        plan = sharing.make_plan(engine_model, model, cast=private)
-        sharing.materialise(engine_model, model, plan, next(model.parameters()).device, share=not private)
+        plan = sharing.make_plan(engine_model, model, cast, copied)
+        home = next(model.parameters()).device
+        sharing.materialise(engine_model, model, plan, home, made.get("own_memory", contextlib.nullcontext))
         made["shared"] = sharing.Shared.of(model, engine_model, plan)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
@@ -192,20 +215,23 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
             stack.enter_context(cpu_experts.plain_weights())
             stack.enter_context(cpu_kv_cache.in_bytes())
         else:
-            stack.enter_context(cuda_weight_pool.weights_outside())
+            made["own_memory"] = stack.enter_context(cuda_weight_pool.weights_outside())
         stack.enter_context(expert_slots.left_out())
         llm = SharedLLM(
             model=folder.name,
             load_format=LOAD_FORMAT,
-            dtype=str(torch.bfloat16 if private else dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             skip_tokenizer_init=tokenizer is None,
             **kwargs,
         )
-    llm.shared, llm.private, llm.can_sleep = made["shared"], private, on_cpu or sleep_mode
+    llm.shared, llm.merging, llm.can_sleep = made["shared"], merging, on_cpu or sleep_mode
+    if llm.shared.plan.own:
+        llm.copies = Copies(llm.shared, merges=False)
+        llm.copies.merges = merging and llm.copies.hold_all_of(model)
     if max_lora_rank is not None:
         llm.slot = adapters.Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
     if on_cpu:
-        llm._standby = cpu_standby.install(llm.worker)
+        llm._standby = cpu_standby.install(llm.worker, llm.copies.storages() if llm.copies is not None else [])
     live.add(llm)
     guards.protect(llm)
     llm._end = weakref.finalize(llm, _discard, llm.llm_engine, list(llm.shared.keys.values()), llm._standby, folder)
@@ -274,20 +300,32 @@ def _discard(engine: Any, keys: list[int], standby: cpu_standby.KVCacheStorages 
 
 
 def _start_block(llm: SharedLLM, sleep_mode: bool, kwargs: dict[str, Any]) -> str:
-    shared, n = llm.shared, len(llm.shared.plan.views)
+    shared = llm.shared
+    n = sum(destination not in shared.plan.own for destination, _ in shared.plan.views.values())
     dtype = next(iter(shared.homes.values())).dtype
     lines = [
         f"PatchFastRL: engine ready in {llm.seconds['build']:.1f} s",
-        f"  weights   {n} parameters, {memory.gib(shared.bytes)}, {dtype}: "
-        + (
-            "a second copy in the engine, because float32 master weights cannot be sampled from on CUDA; "
-            "dtype=bfloat16 (model_init_kwargs) would share one"
-            if llm.private
-            else "one copy, shared with the trainer"
-        ),
-        f"  adapter   slot of rank {kwargs['max_lora_rank']}"
+        f"  weights   {n} parameters, {memory.gib(shared.bytes)}, {dtype}: one copy, shared with the trainer",
+        *([f"  own       {memory.gib(shared.own_bytes)}, {_why_own(llm)}"] if llm.copies is not None else []),
+        "  adapter   merged into the engine's own weights before it samples"
+        if llm.merges
+        else f"  adapter   slot of rank {kwargs['max_lora_rank']}"
         if llm.slot is not None
         else "  adapter   none: the weights themselves are trained, the optimizer's update is the engine's",
         f"  standby   {'on: the KV cache is released while training' if sleep_mode else 'off'}",
     ]
     return "\n".join(lines)
+
+
+def _why_own(llm: SharedLLM) -> str:
+    parameters = llm.shared.parameters.values()
+    if any(quant_state(p) is not None for p in parameters):
+        why = "unpacked from the trainer's 4-bit weights"
+    elif dtype_of(llm.shared.model) == torch.float32 and not current_platform.is_cpu():
+        why = (
+            "because float32 master weights cannot be sampled from on CUDA; dtype=bfloat16 (model_init_kwargs) would "
+            "share one copy"
+        )
+    else:
+        why = "for the adapter to be merged into"
+    return why + (", released by standby" if llm.can_sleep else "")

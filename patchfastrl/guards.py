@@ -56,11 +56,10 @@ def unshare(model: nn.Module) -> None:
 
 def protect(engine: SharedLLM) -> None:
     """Guard the weights that `engine` shares, and the engine's own ways of overwriting them."""
-    if not engine.private:
-        if not _replaced:
-            _install()
-        for key in engine.shared.keys.values():
-            _protected[key] = weakref.ref(engine)
+    if not _replaced:
+        _install()
+    for key in engine.shared.keys.values():
+        _protected[key] = weakref.ref(engine)
     why = "it would write other weights through the shared storage"
     engine.shared.engine_model.load_weights = _refuser("load_weights() of the engine's model", why)
     engine.model_runner.reload_weights = _refuser("reload_weights() of the engine", why)
@@ -79,13 +78,15 @@ def release(keys: list[int]) -> None:
 def _install() -> None:
     from accelerate import accelerator
     from accelerate.utils import other
-    from peft.tuners.lora import Linear
+    from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTuner
     from transformers import PreTrainedModel
 
+    packed = [(lora.Linear4bit, "merge", _guard_merge)] if hasattr(lora, "Linear4bit") else []
     for owner, name, guard in (
+        *packed,
         (nn.Module, "_apply", _guard_apply),
-        (Linear, "merge", _guard_merge),
+        (lora.Linear, "merge", _guard_merge),
         (BaseTuner, "merge_and_unload", _unshare_first),
         (PreTrainedModel, "resize_token_embeddings", _guard_resize),
         (accelerator, "clean_state_dict_for_safetensors", _keep_all),

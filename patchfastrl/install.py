@@ -37,6 +37,7 @@ class Settings:
     strict: bool = True
     gpu_memory_utilization: float = 0.3
     max_model_length: int | None = None
+    rollouts: Literal["merged", "adapter"] | None = None
 
 
 # One installation at a time, whoever calls. Re-entrant: importing the runtime may end up here again.
@@ -58,6 +59,7 @@ def PatchFastRL(
     strict: bool = True,
     gpu_memory_utilization: float = 0.3,
     max_model_length: int | None = None,
+    rollouts: Literal["merged", "adapter"] | None = None,
 ) -> None:
     """Let TRL's trainers sample from one engine that shares its weights with the model in training.
 
@@ -72,6 +74,10 @@ def PatchFastRL(
             (GKD, A*-PO); those that have them go by these.
         max_model_length: tokens of a prompt and its completion, for the same trainers; None: what their configuration
             implies.
+        rollouts: how an adapter is sampled with. ``"adapter"``: beside the shared weights, from the engine's LoRA slot.
+            ``"merged"``: merged into a copy of the weights that it changes, within the engine's share of the memory;
+            standby releases the copy with the KV cache. Faster per token on a GPU. None: merged on a GPU with standby
+            where the copy fits, else the adapter.
         strict: False leaves stock TRL wholly in place, with one RuntimeWarning, when something cannot be patched.
 
     Raises:
@@ -81,9 +87,9 @@ def PatchFastRL(
     global _installation, _settings
     try:
         _check_arguments(algorithm, FastLanguageModel, use_vllm)
-        _check_engine(gpu_memory_utilization, max_model_length)
+        _check_engine(gpu_memory_utilization, max_model_length, rollouts)
         with _lock:
-            wanted = Settings(use_vllm, strict, gpu_memory_utilization, max_model_length)
+            wanted = Settings(use_vllm, strict, gpu_memory_utilization, max_model_length, rollouts)
             if _installation is None or not _installation.active:
                 with _collector_off():
                     installation = Installation(strict=strict)
@@ -136,7 +142,9 @@ def _check_arguments(algorithm: Any, FastLanguageModel: Any, use_vllm: Any) -> N
         raise UnsupportedError(f'PatchFastRL(use_vllm={use_vllm!r}): expected "force" or "keep".')
 
 
-def _check_engine(gpu_memory_utilization: Any, max_model_length: Any) -> None:
+def _check_engine(gpu_memory_utilization: Any, max_model_length: Any, rollouts: Any) -> None:
+    if rollouts not in (None, "merged", "adapter"):
+        raise UnsupportedError(f"PatchFastRL(rollouts={rollouts!r}): expected 'merged', 'adapter' or None.")
     if not isinstance(gpu_memory_utilization, (int, float)) or not 0 < gpu_memory_utilization < 1:
         raise UnsupportedError(
             f"PatchFastRL(gpu_memory_utilization={gpu_memory_utilization!r}): expected a number between 0 and 1."

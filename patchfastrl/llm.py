@@ -15,6 +15,7 @@ from vllm import LLM, SamplingParams
 
 from . import adapters, guards, memory, sharing
 from .compat import cpu_standby, request_ids
+from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
 
@@ -34,7 +35,8 @@ class SharedLLM(LLM):
     # Set by `engine.build`.
     shared: sharing.Shared
     slot: adapters.Slot | None
-    private: bool
+    copies: Copies | None
+    merging: bool  # whether an adapter is to be merged, if the copies hold all that it changes
     can_sleep: bool
     _end: weakref.finalize
 
@@ -42,6 +44,7 @@ class SharedLLM(LLM):
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.publishes = 0
         self.slot = None
+        self.copies = None
         self._closed: str | None = None
         self._failed = ""
         self._standby: cpu_standby.KVCacheStorages | None = None
@@ -101,13 +104,23 @@ class SharedLLM(LLM):
             )
         if not self.awake:
             raise StandbyError("The engine's KV cache is released (standby). Call wake_up() before sampling.")
-        self._check_weights()
-        current = lora_request is CURRENT
-        if current:
+        if lora_request is CURRENT:
             lora_request = self.current_request()
-        explicit = lora_request is not None and getattr(lora_request, "lora_int_id", None) != adapters.ADAPTER_ID
-        if self.slot is not None and lora_request is not None and not explicit:
+        current = getattr(lora_request, "lora_int_id", None) == adapters.ADAPTER_ID
+        explicit = lora_request is not None and not current
+        unmerged = self.merges and not current and bool(adapters.active_adapters(self.shared.model))
+        if unmerged:
+            self._refresh(adapter=False)
+        self._check_weights(adapter=not unmerged)
+        if current and self.merges:
+            lora_request = None  # it is in the weights
+        elif current and self.slot is not None:
             self.slot.check()
+        elif explicit and self.slot is None:
+            raise UnsupportedError(
+                "lora_request: this engine has no slot for another adapter (it was built with rollouts='merged', or "
+                "without an adapter). Load the model with FastLanguageModel.from_pretrained(max_lora_rank=...)."
+            )
         args, kwargs = _with_sampling_params(args, kwargs)
         with self._timed("generate"), between_steps(self.llm_engine) as failed:
             try:
@@ -117,22 +130,31 @@ class SharedLLM(LLM):
                 self._abort_requests()
                 raise
             finally:
-                if explicit and self.slot is not None and self.slot.version:
+                if unmerged:
+                    self._refresh()
+                elif explicit and self.slot is not None and self.slot.version:
                     self.slot.publish()  # the other adapter took the slot
 
     def current_request(self) -> Any:
         """The `LoRARequest` of the adapter in training; None without one."""
-        if self.slot is None or adapters.active_adapter(self.shared.model) is None:
+        if adapters.active_adapter(self.shared.model) is None:
             return None
-        return self.slot.request()
+        if self.merges:
+            assert self.copies is not None
+            return self.copies.request()
+        return None if self.slot is None else self.slot.request()
 
-    def _check_weights(self) -> None:
+    @property
+    def merges(self) -> bool:
+        """Whether the adapter in training is merged into weights of the engine's own."""
+        return self.copies is not None and self.copies.merges
+
+    def _check_weights(self, adapter: bool = True) -> None:
         """The trainer's weights are the engine's; prefixes computed with other weights cannot be hit."""
-        if self.private:
-            self.shared.check_copy()
-        else:
-            self.shared.check()
-        checksum = None if self.private else self.shared.checksum()
+        self.shared.check()
+        if self.copies is not None and adapters.publishing():
+            self.copies.check(adapter)
+        checksum = self.shared.checksum()
         releases = None if self._standby is None else self._standby.releases  # also by a worker's own `sleep`
         if (checksum, releases) != self._prefixes_of:
             self.drop_prefixes()
@@ -151,15 +173,22 @@ class SharedLLM(LLM):
     def publish(self) -> bool:
         """Make the trainer's current weights what the next batch samples from. Returns whether anything was copied."""
         with self._timed("publish"), uninterrupted():
-            changed = False
-            if self.private:
-                changed = self.shared.refresh()
-            if self.slot is not None and adapters.active_adapter(self.shared.model) is not None:
+            changed = self._refresh()
+            if self.slot is not None and not self.merges and adapters.active_adapter(self.shared.model) is not None:
                 changed |= self.slot.publish()
             if changed:
                 self.publishes += 1
                 if self.awake:
                     self.drop_prefixes()
+        return changed
+
+    def _refresh(self, adapter: bool = True) -> bool:
+        """Bring the engine's own weights up to date. While it sleeps they have no memory."""
+        if self.copies is None or not self.awake or not adapters.publishing():
+            return False
+        changed = self.copies.refresh(adapter)
+        if changed:
+            self.drop_prefixes()
         return changed
 
     # Standby --------------------------------------------------------------------------------------------------------
@@ -174,6 +203,8 @@ class SharedLLM(LLM):
         """Release the KV cache. Weights stay where they are at every level (level 0 only pauses, as in vLLM)."""
         if not self.llm_engine.model_executor.is_sleeping:
             with self._timed("sleep"), uninterrupted(), _nothing_to_collect():
+                if level and self.copies is not None:
+                    self.copies.release()
                 super().sleep(min(level, 1), *args, **kwargs)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
@@ -209,7 +240,7 @@ class SharedLLM(LLM):
 
     def report(self) -> dict[str, Any]:
         return {
-            "bytes_shared": 0 if self.private else self.shared.bytes,
+            "bytes_shared": self.shared.bytes,
             "publishes": self.publishes,
             "seconds": {k: self.seconds[k] for k in ("build", "publish", "generate", "sleep", "wake")},
         }
@@ -217,6 +248,8 @@ class SharedLLM(LLM):
     def adopt(self, model: nn.Module) -> None:
         """`model` wraps the one that the engine was built round: its adapters are the ones in training now."""
         self.shared.model = model
+        if self.copies is not None:
+            self.copies.merges = self.merging and self.copies.hold_all_of(model)
         if self.slot is not None:
             self.slot = adapters.Slot(self.model_runner.lora_manager, model, self.shared.plan)
 
@@ -238,7 +271,7 @@ class SharedLLM(LLM):
         live.discard(self)
         self._end()
         for name in list(vars(self)):
-            if name not in ("_closed", "seconds", "publishes", "private"):
+            if name not in ("_closed", "seconds", "publishes"):
                 delattr(self, name)
         gc.collect()
         memory.return_freed()

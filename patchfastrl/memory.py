@@ -39,6 +39,25 @@ def kv_cache_bytes(config: Any, dtype: torch.dtype, engine: dict[str, Any]) -> i
     Raises:
         UnsupportedError: one sequence does not fit, or the model has no attention heads to cache anything for.
     """
+    per_sequence, sequences, length = kv_cache_of(config, dtype, engine)
+    share = engine.get("gpu_memory_utilization") or 0.5
+    limit = int(device_bytes() * share)
+    if per_sequence > limit:
+        raise UnsupportedError(
+            f"One sequence of {length} tokens needs {gib(per_sequence)} of KV cache, and {share:.0%} of this "
+            f"machine's memory is {gib(limit)}. Lower vllm_max_model_length (max_seq_length) or raise "
+            "vllm_gpu_memory_utilization."
+        )
+    return min(sequences * per_sequence, limit)
+
+
+def device_bytes() -> int:
+    """Memory of the device that the engine runs on."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+
+
+def kv_cache_of(config: Any, dtype: torch.dtype, engine: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes of a full sequence, how many sequences there are, and how many tokens a full one has."""
     text = config.get_text_config()
     attention_heads = getattr(text, "num_attention_heads", None)
     length = engine.get("max_model_len") or getattr(text, "max_position_embeddings", None)
@@ -53,12 +72,4 @@ def kv_cache_bytes(config: Any, dtype: torch.dtype, engine: dict[str, Any]) -> i
     per_block = 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize * _BLOCK
     blocks = -(-length // _BLOCK) + 1
     sequences = engine.get("max_num_seqs") or 256
-    share = engine.get("gpu_memory_utilization") or 0.5
-    limit = int(psutil.virtual_memory().total * share)
-    if blocks * per_block > limit:
-        raise UnsupportedError(
-            f"One sequence of {length} tokens needs {gib(blocks * per_block)} of KV cache, and {share:.0%} of this "
-            f"machine's memory is {gib(limit)}. Lower vllm_max_model_length (max_seq_length) or raise "
-            "vllm_gpu_memory_utilization."
-        )
-    return min(sequences * blocks * per_block, limit)
+    return blocks * per_block, sequences, length

@@ -214,11 +214,14 @@ def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dic
 
 
 def _shareable_kwargs(model: str, args: Any, peft_config: Any, kwargs: dict[str, Any], dtype: str) -> dict[str, Any]:
-    asked = [n for n in ("quantization_config", "load_in_4bit", "load_in_8bit") if kwargs.get(n)]
-    if asked:
+    if kwargs.get("quantization_config"):
+        from .engine import refuse_quantization
+
+        refuse_quantization(kwargs["quantization_config"])
+    if kwargs.get("load_in_8bit"):
         raise UnsupportedError(
-            f"{asked[0]}: shared quantised weights are not supported yet. Load {model} without it (with LoRA "
-            "the frozen 16-bit base exists once), or train with stock TRL."
+            f"load_in_8bit: of quantised models only 4-bit ones can be sampled from. Load {model} without it (with "
+            "LoRA the frozen 16-bit base exists once), or with BitsAndBytesConfig(load_in_4bit=True)."
         )
     if peft_config is None or "dtype" in kwargs or "torch_dtype" in kwargs:
         return kwargs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checksum import checksum
 from .errors import SharingError, UnsupportedError
 from .memory import return_freed
+from .packed import dtype_of as packed_dtype
+from .packed import shape_of, values_of
 from .trace import Copy, Recorder, Trace, View, combined_view, coverage, storage_key
 
 # Engine parameters up to this many elements keep the memory that they were built with: some of them (a KV scale) hold a
@@ -77,7 +80,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of most of the base weights: an engine has one."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in base_parameters(model).values():
-        sizes[parameter.dtype] += parameter.numel()
+        sizes[packed_dtype(parameter)] += shape_of(parameter).numel()
     return sizes.most_common(1)[0][0]
 
 
@@ -92,18 +95,21 @@ class Plan:
         views: trainer's parameter name -> (engine parameter name, view of its storage).
         fills: engine parameter name -> [(view, value)]: padding.
         copies: the traced copies, by engine parameter name.
+        own: engine parameters with memory of their own, filled from the trainer's (see `copies`).
     """
 
     views: dict[str, tuple[str, View]]
     fills: dict[str, list[tuple[View, float]]]
     copies: dict[str, list[Copy]]
+    own: frozenset[str] = frozenset()
 
 
-def make_plan(engine_model: nn.Module, model: nn.Module, cast: bool = False) -> Plan:
+def make_plan(engine_model: nn.Module, model: nn.Module, cast: bool = False, copied: Collection[str] = ()) -> Plan:
     """Trace the engine's `load_weights` over the trainer's parameters.
 
     Args:
-        cast: the engine keeps a copy in its own dtype, so the trainer's dtypes need not be the engine's.
+        cast: the trainer's dtypes need not be the engine's: what differs, or is packed, the engine has a copy of.
+        copied: names of further weights that the engine is to have a copy of.
 
     Raises:
         SharingError: a tensor cannot be shared; the message names it and says why. Nothing has been changed.
@@ -139,11 +145,12 @@ def make_plan(engine_model: nn.Module, model: nn.Module, cast: bool = False) -> 
         if not copies:
             problems.append(f"the engine does not load {name}")
             continue
-        missing, twice = coverage([c.out_of for c in copies], parameter.numel())
+        shape = shape_of(parameter)
+        missing, twice = coverage([c.out_of for c in copies], shape.numel())
         places = {c.destination for c in copies}
-        whole = combined_view(tuple(parameter.shape), copies) if len(places) == 1 and not (missing or twice) else None
+        whole = combined_view(tuple(shape), copies) if len(places) == 1 and not (missing or twice) else None
         if missing:
-            problems.append(f"the engine leaves out {missing} of {parameter.numel()} elements of {name}")
+            problems.append(f"the engine leaves out {missing} of {shape.numel()} elements of {name}")
         elif twice:
             problems.append(f"the engine keeps {name} in more than one place ({', '.join(sorted(places))})")
         elif whole is None:
@@ -153,7 +160,9 @@ def make_plan(engine_model: nn.Module, model: nn.Module, cast: bool = False) -> 
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise _cannot_share(model, engine_model, "; ".join(problems[:8]) + more)
-    return Plan(views, dict(fills), dict(copies_into))
+    differing = {n for n, p in parameters.items() if p.dtype != destinations[views[n][0]].dtype}  # or packed
+    own = frozenset(views[name][0] for name in {*differing, *copied})
+    return Plan(views, dict(fills), dict(copies_into), own)
 
 
 def _trace(
@@ -165,7 +174,9 @@ def _trace(
 ) -> Trace:
     """What the engine's `load_weights` does with the trainer's parameters. What it raises becomes a SharingError."""
     own = next(t.dtype for t in destinations.values() if t.is_floating_point())
-    sources = {n: torch.empty(p.shape, dtype=own if cast else p.dtype, device="meta") for n, p in parameters.items()}
+    sources = {
+        n: torch.empty(shape_of(p), dtype=own if cast else p.dtype, device="meta") for n, p in parameters.items()
+    }
     recorder = Recorder(sources, destinations)
     latest = "the first tensor"
 
@@ -196,10 +207,20 @@ def _cannot_share(model: nn.Module, engine_model: nn.Module, why: str) -> Sharin
 # Materialise --------------------------------------------------------------------------------------------------------
 
 
-def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: torch.device, share: bool) -> None:
-    """Give the engine's parameters memory holding the trainer's values; with `share`, make the trainer's views of it.
+def materialise(
+    engine_model: nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    device: torch.device,
+    own_memory: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> None:
+    """Give the engine's parameters memory holding the trainer's values, and make the trainer's views of it.
 
-    Peak: one copy of the weights plus the largest fused tensor (and up to `_TRIM` bytes that are on their way back).
+    Peak: one copy of the weights plus the largest fused tensor (and up to `_TRIM` bytes that are on their way back),
+    plus what the engine has for its own.
+
+    Args:
+        own_memory: where the engine's own weights are allocated.
     """
     parameters = base_parameters(model)
     freed = 0
@@ -209,19 +230,25 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
     for destination, tensor in list(engine_model.named_parameters()):
         if destination not in of_engine and destination not in plan.fills:
             continue
+        own = destination in plan.own
         with torch.no_grad():
-            home = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor.data
+            with own_memory() if own else contextlib.nullcontext():
+                home = (
+                    torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if tensor.is_meta or own
+                    else tensor.data
+                )
             for view, value in plan.fills.get(destination, []):
                 view.on(home).fill_(value)
             for name, view in of_engine[destination]:
-                view.on(home).copy_(parameters[name])
-                if share:
+                view.on(home).copy_(values_of(parameters[name]))
+                if not own:
                     _rebind(name, parameters[name], view.on(home))
                     freed += home.element_size() * view.numel
         if freed > _TRIM:
             return_freed()
             freed = 0
-        if tensor.is_meta:
+        if tensor.is_meta or own:
             _become(tensor, home)
     return_freed()
     left = [n for n, t in engine_model.named_parameters() if t.is_meta]
@@ -280,7 +307,7 @@ class Shared:
         model: the model under training (maybe wrapped by PEFT).
         engine_model: vLLM's model.
         plan: where everything lies.
-        bytes: size of the shared storages.
+        bytes, own_bytes: size of the shared storages, and of the engine's own.
     """
 
     model: nn.Module
@@ -290,7 +317,7 @@ class Shared:
     homes: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
-    copied: int | None = None
+    own_bytes: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, engine_model: nn.Module, plan: Plan) -> Shared:
@@ -299,7 +326,11 @@ class Shared:
         for destination in dict.fromkeys(d for d, _ in plan.views.values()):
             shared.homes[destination] = tensors[destination]
             shared.keys[destination] = storage_key(tensors[destination])
-            shared.bytes += tensors[destination].untyped_storage().nbytes()
+            size = tensors[destination].untyped_storage().nbytes()
+            if destination in plan.own:
+                shared.own_bytes += size
+            else:
+                shared.bytes += size
         return shared
 
     def check(self) -> None:
@@ -314,6 +345,8 @@ class Shared:
         current = base_parameters(self.model)
         for name, (destination, view) in self.plan.views.items():
             parameter = current.get(name)
+            if destination in self.plan.own and parameter is not None:
+                continue
             if parameter is None or storage_key(parameter) != self.keys[destination] or View.of(parameter) != view:
                 raise SharingError(
                     f"{name} of the model in training no longer lies in the engine's storage ({destination}): it was "
@@ -326,55 +359,9 @@ class Shared:
                 "round it. Change the model first, then build the trainer."
             )
 
-    @torch.no_grad()
-    def refresh(self) -> bool:
-        """For an engine with a copy of its own: one batched casting copy of all weights, if any has changed."""
-        state = self._state()
-        if state == self.copied:
-            return False
-        current = base_parameters(self.model)
-        views = [view.on(self.homes[destination].data) for destination, view in self.plan.views.values()]
-        torch._foreach_copy_(views, [current[name].data for name in self.plan.views])
-        self.copied = state
-        return True
-
-    def check_copy(self) -> None:
-        """For an engine with a copy of its own: the trainer's weights have not been written to since `refresh`."""
-        if self._state() != self.copied:
-            raise SharingError(
-                "The model was trained (or written to) since the engine's copy of its weights was refreshed. Publish "
-                "first (trainer: sync_weights(); model: fast_generate does it)."
-            )
-
-    def _state(self) -> int:
-        """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
-        current = base_parameters(self.model)
-        return _checksum([current[name] for name in self.plan.views])
-
     def checksum(self) -> int:
         """A number that changes when any shared weight does, or when weights change places. Reads the storage twice."""
-        return _checksum(list(self.homes.values()))
-
-
-@torch.no_grad()
-def _checksum(tensors: list[torch.Tensor]) -> int:
-    storages = {storage_key(t): t for t in tensors}
-    return hash(tuple(torch.stack([_digest(t) for t in storages.values()]).tolist()))
-
-
-def _digest(tensor: torch.Tensor, width: int = 4096) -> torch.Tensor:
-    """A 0-dimensional int64 from all bytes of the tensor's storage and their places, on its device.
-
-    Sums of 8-byte words (of narrower integers they are 20 times slower on a CPU) along rows and along columns, each
-    weighted by its number: a change that leaves all of them alone is not one that training makes.
-    """
-    storage = tensor.untyped_storage()
-    n = storage.nbytes()
-    words = torch.empty(0, dtype=torch.int64, device=tensor.device).set_(storage, 0, (n // 8,))
-    tail = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, n // 8 * 8, (n % 8,))
-    table = words[: words.numel() // width * width].view(-1, width)
-    parts = torch.cat([table.sum(0), table.sum(1), words[table.numel() :], tail.long()])
-    return (parts * torch.arange(1, 2 * parts.numel(), 2, device=tensor.device)).sum()
+        return checksum(home for name, home in self.homes.items() if name not in self.plan.own)
 
 
 def as_loader(on_load: Any) -> type:

@@ -1,0 +1,137 @@
+"""Weights that the engine holds for itself, made from the trainer's: cast, unpacked, or with the adapter merged in.
+
+Most of an engine's weights are the trainer's own storage. Some cannot be: float32 master weights (the engine samples in
+half precision), packed 4-bit weights, and, where rollouts are to run at the speed of a merged model, the matrices that
+the adapter changes. The engine has its own memory for these, which standby releases with the KV cache, and fills it
+from the trainer's weights and adapter before it samples. The trainer's weights are only ever read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import adapters
+from .checksum import checksum
+from .errors import AdapterError, SharingError
+from .packed import quant_state, storages_of, values_of
+from .sharing import Shared, base_parameters
+
+
+class Copies:
+    """The engine's own weights.
+
+    Args:
+        shared: where everything lies.
+        merges: whether the adapter in training is merged in. Otherwise they are the base's.
+
+    Attributes:
+        version: grows with every adapter (or base) that is copied in.
+        releases: how often the memory was released; the contents are lost each time.
+    """
+
+    def __init__(self, shared: Shared, merges: bool) -> None:
+        self._shared = shared
+        self.merges = merges
+        self.version = 0
+        self.releases = 0
+        self._held: Any = None
+
+    def hold_all_of(self, model: nn.Module) -> bool:
+        """Whether the engine has a copy of everything that the model's adapter changes. False without an adapter."""
+        views, own = self._shared.plan.views, self._shared.plan.own
+        places = [views.get(f"{a.module}.weight", ("",))[0] for a in adapters.active_adapters(model)]
+        return bool(places) and own.issuperset(places)
+
+    def release(self) -> None:
+        """The memory is gone, or is about to be: nothing may be sampled until the next `refresh`."""
+        self.releases += 1
+        self._held = None
+
+    @torch.no_grad()
+    def refresh(self, adapter: bool = True) -> bool:
+        """Make the engine's own weights those of the trainer now. Returns whether anything had to be copied.
+
+        Args:
+            adapter: with the adapter in training; False: the base model's.
+        """
+        wanted = self._state(adapter)
+        if wanted == self._held:
+            return False
+        self._held = None  # interrupted half-way, they are nobody's weights
+        self.version += 1
+        merged = self._adapters() if adapter else {}
+        plain, sources = [], []
+        for name, parameter, home in self._places():
+            if name in merged:
+                _merge(home, values_of(parameter), merged[name])
+            elif quant_state(parameter) is None:
+                plain.append(home)
+                sources.append(parameter.data)
+            else:
+                home.copy_(values_of(parameter))
+        if plain:
+            torch._foreach_copy_(plain, sources)
+        self._held = wanted
+        return True
+
+    def check(self, adapter: bool = True) -> None:
+        """Raise unless the engine's own weights are made of the trainer's as these are now."""
+        if self._state(adapter) != self._held:
+            raise SharingError(
+                "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
+                "copy was released. Publish first (trainer: sync_weights(); model: fast_generate does it)."
+            )
+
+    def request(self) -> Any:
+        """The `LoRARequest` that stands for the merged adapter. Its name says which version."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(f"policy-v{self.version}", adapters.ADAPTER_ID, adapters.ADAPTER_PATH)
+
+    def storages(self) -> list[torch.Tensor]:
+        return [self._shared.homes[name].data for name in self._shared.plan.own]
+
+    # What they are made of ------------------------------------------------------------------------------------------
+
+    def _places(self) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+        """Name, the trainer's parameter, and the view of the engine's memory, for each parameter that is copied."""
+        current, plan = base_parameters(self._shared.model), self._shared.plan
+        for name, (destination, view) in plan.views.items():
+            if destination in plan.own:
+                yield name, current[name], view.on(self._shared.homes[destination].data)
+
+    def _adapters(self) -> dict[str, adapters.Adapter]:
+        """The active adapter's modules by the name of the weight that they change."""
+        if not self.merges:
+            return {}
+        if not self.hold_all_of(self._shared.model) and adapters.active_adapter(self._shared.model) is not None:
+            raise AdapterError(
+                "The adapter that is active now changes weights that the engine was not built to merge. Build the "
+                "trainer with the adapter that it trains."
+            )
+        return {f"{a.module}.weight": a for a in adapters.active_adapters(self._shared.model)}
+
+    def _state(self, adapter: bool) -> Any:
+        """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
+        merged = self._adapters().values() if adapter else ()
+        base = [tensor for _, parameter, _ in self._places() for tensor in storages_of(parameter)]
+        return (
+            checksum(base),
+            checksum([t for a in merged for t in (a.a, a.b)]) if merged else None,
+            tuple((a.module, a.scaling) for a in merged),
+        )
+
+
+def _merge(home: torch.Tensor, weight: torch.Tensor, adapter: adapters.Adapter) -> None:
+    """`home = weight + scaling * B A`, summed in float32 and rounded once where the weight is in half precision."""
+    a, b = adapter.a.to(weight.dtype), adapter.b.to(weight.dtype)
+    if adapter.layer.fan_in_fan_out:  # a Conv1D of transformers', stored the other way round
+        a, b = b.T, a.T
+    if weight.dtype == home.dtype:
+        torch.addmm(weight, b, a, alpha=adapter.scaling, out=home)
+    else:
+        home.copy_(torch.addmm(weight, b, a, alpha=adapter.scaling))

@@ -1,0 +1,52 @@
+"""Base weights that are stored packed: bitsandbytes' 4-bit. What the rest of the package reads them by."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+
+def quant_state(parameter: torch.Tensor) -> Any:
+    """bitsandbytes' `QuantState` of a 4-bit parameter, None for any other."""
+    if "bitsandbytes" not in sys.modules:
+        return None
+    from bitsandbytes.nn import Params4bit
+
+    return parameter.quant_state if isinstance(parameter, Params4bit) else None
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the weight that `parameter` stands for."""
+    state = quant_state(parameter)
+    return parameter.shape if state is None else torch.Size(state.shape)
+
+
+def dtype_of(parameter: torch.Tensor) -> torch.dtype:
+    """The dtype that the model computes with `parameter` in."""
+    state = quant_state(parameter)
+    return parameter.dtype if state is None else state.dtype
+
+
+def values_of(parameter: torch.Tensor) -> torch.Tensor:
+    """The weight itself: `parameter`'s data, or a temporary tensor unpacked from it."""
+    state = quant_state(parameter)
+    if state is None:
+        return parameter.data
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, state)
+
+
+def storages_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Every tensor that the weight's values depend on."""
+    return [parameter.data, *scales_of(parameter)]
+
+
+def scales_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a packed weight is proportional to: negating all of them negates the weight, exactly."""
+    state = quant_state(parameter)
+    if state is None:
+        return []
+    return [state.state2.absmax, state.offset] if state.nested else [state.absmax]

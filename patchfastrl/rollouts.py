@@ -1,0 +1,66 @@
+"""How an adapter is sampled with: beside the shared weights, or merged into a copy of those that it changes.
+
+vLLM's LoRA kernels cost 1.3 to 1.4 times the time per token of a merged model on a GPU. A merged copy costs memory
+while sampling, and one pass over the weights each time that the adapter changes. The trainer's weights stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.platforms import current_platform
+
+from . import adapters, memory
+from .errors import UnsupportedError
+from .install import settings
+from .packed import quant_state, shape_of
+from .sharing import base_of, base_parameters
+
+_HEADROOM = 2 * 2**30  # bytes of the engine's share for its activations and graphs
+_USUAL_BATCH = 16  # sequences at a time, where nobody has said how many
+
+
+def merged(model: nn.Module, dtype: torch.dtype, sleep_mode: bool, engine: dict[str, Any]) -> tuple[set[str], bool]:
+    """Which weights the engine is to have a copy of, and whether an adapter is merged into it.
+
+    Args:
+        dtype: of the engine.
+        sleep_mode: whether standby releases the copy.
+        engine: `vllm.LLM` arguments.
+
+    Raises:
+        UnsupportedError: packed weights whose copy does not fit the engine's share of the memory.
+    """
+    wanted = settings().rollouts
+    parameters = base_parameters(model)
+    names = _changed_by_adapters(model) & parameters.keys()
+    packed = {name for name, p in parameters.items() if quant_state(p) is not None}
+    needed = sum(shape_of(parameters[name]).numel() for name in names | packed) * dtype.itemsize
+    one, sequences, _ = memory.kv_cache_of(base_of(model).config, dtype, {"max_num_seqs": _USUAL_BATCH} | engine)
+    share = engine.get("gpu_memory_utilization") or 0.9
+    limit = int(memory.device_bytes() * share)
+    if wanted is None and not packed:
+        on_gpu = not current_platform.is_cpu()
+        use = on_gpu and sleep_mode and needed + sequences * one + _HEADROOM <= limit
+    else:
+        use = bool(packed) or wanted == "merged"
+        if use and needed + one > limit:
+            raise UnsupportedError(
+                f"{'4-bit weights are unpacked' if packed else 'Merged weights are copied'} for the engine while it "
+                f"samples: {memory.gib(needed)}, and {memory.gib(one)} of KV cache for one sequence. The engine's "
+                f"share ({share:.0%} of the memory) is {memory.gib(limit)}. Raise vllm_gpu_memory_utilization"
+                + ("." if packed else ", or PatchFastRL(rollouts='adapter').")
+            )
+    return (names if use else set()), use
+
+
+def _changed_by_adapters(model: nn.Module) -> set[str]:
+    """Names of the weights that the adapter in training changes; without one, of those that one may change."""
+    if changed := {f"{adapter.module}.weight" for adapter in adapters.active_adapters(model)}:
+        return changed
+    base = base_of(model)
+    head = base.get_output_embeddings()
+    linear = (name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return {f"{name}.weight" for name in linear}
