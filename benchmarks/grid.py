@@ -105,7 +105,8 @@ def in_process_of_its_own(cell: dict[str, Any]) -> dict[str, Any]:
     shown = [line for line in done.stdout.splitlines() if line.startswith("PROFILE ")]
     print("\n".join(line.removeprefix("PROFILE ") for line in shown), file=sys.stderr)
     if not lines:
-        error = "\n".join((done.stdout + done.stderr).strip().splitlines()[-25:])
+        said = [s for s in (done.stdout + done.stderr).strip().splitlines() if not s.startswith("frame #")]
+        error = "\n".join(said[-40:])
         print(error, file=sys.stderr, flush=True)
         return {**cell, "error": error.splitlines()[-1]}
     return {**cell, **json.loads(lines[-1].removeprefix("RESULT "))}

@@ -21,6 +21,7 @@ from torch import nn
 from .compat import lora_model
 from .errors import AdapterError, UnsupportedError
 from .sharing import Plan
+from .structure import remembered
 
 # vLLM's ids are the caller's choice. One that nobody else would pick: a request with our id would be served our slot.
 ADAPTER_ID = 0x5EED_F00D & 0x7FFF_FFFF
@@ -75,6 +76,7 @@ class Adapter:
         return self.name not in a or a[self.name].weight is not self.a or b[self.name].weight is not self.b
 
 
+@remembered
 def active_adapter(model: nn.Module) -> str | None:
     """Name of the adapter that the model is trained with; None for a model without adapters or with them disabled.
 
@@ -193,6 +195,7 @@ def adapters_of(model: nn.Module, name: str) -> list[Adapter]:
     return found
 
 
+@remembered
 def active_adapters(model: nn.Module) -> list[Adapter]:
     """The LoRA modules that the model is trained with; empty without an adapter, or with it disabled."""
     name = active_adapter(model)
@@ -219,6 +222,18 @@ class _Place:
     rows: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class _Views:
+    """Views of one row of the slot's memory.
+
+    `adapter`: in the order of the layout, lora_A's (rank, in), then lora_B's (rows, rank). `outside`: the rest of what
+    vLLM's kernels read.
+    """
+
+    adapter: list[torch.Tensor]
+    outside: list[torch.Tensor]
+
+
 class Slot:
     """The engine's one LoRA slot.
 
@@ -234,6 +249,7 @@ class Slot:
         self._plan = plan
         self._adapter: str | None = None
         self._places: list[_Place] = []
+        self._views: dict[int, _Views] = {}
         self.version = 0
 
     # Layout ---------------------------------------------------------------------------------------------------------
@@ -282,22 +298,27 @@ class Slot:
         if name == self._adapter and not any(p.adapter.replaced for p in self._places):
             return False
         self._places = [p for a in adapters_of(self._model, name) for p in self._locate(a)]
+        self._views = {}
         self._adapter = name
         return True
 
-    def _held(self, index: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Views of the slot's memory, in the order of the layout: lora_A's (rank, in), lora_B's (rows, rank)."""
-        ranks = [p.adapter.a.shape[0] for p in self._places]
-        a = [p.layer.lora_a_stacked[p.slice][index, 0, :r, :] for p, r in zip(self._places, ranks, strict=True)]
-        b = [p.layer.lora_b_stacked[p.slice][index, 0, :, :r] for p, r in zip(self._places, ranks, strict=True)]
-        return a, b
+    def _held(self, index: int) -> _Views:
+        """Views of the slot's memory in row `index` of the stacked tensors."""
+        if index not in self._views:
+            ranks = [p.adapter.a.shape[0] for p in self._places]
+            a = [p.layer.lora_a_stacked[p.slice][index, 0, :r, :] for p, r in zip(self._places, ranks, strict=True)]
+            b = [p.layer.lora_b_stacked[p.slice][index, 0, :, :r] for p, r in zip(self._places, ranks, strict=True)]
+            self._views[index] = _Views(a + b, self._outside(index))
+        return self._views[index]
 
-    def _live(self, held: tuple[list[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor]:
+    def _live(self, held: _Views) -> list[torch.Tensor]:
         """What the slot should hold, in the slot's dtype; vLLM wants the scaling inside lora_B."""
         a = [p.adapter.a.detach() for p in self._places]
         b = [p.adapter.b.detach()[p.rows[0] : p.rows[1]] for p in self._places]
         b = list(torch._foreach_mul(b, [p.adapter.scaling for p in self._places]))
-        return [t.to(h.dtype) for t, h in zip(a + b, held[0] + held[1], strict=True)]
+        live = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in held.adapter]
+        torch._foreach_copy_(live, a + b)
+        return live
 
     # Publishing -----------------------------------------------------------------------------------------------------
 
@@ -338,7 +359,7 @@ class Slot:
         if index is None or moved or self._has_leftovers(index):
             index = self._make_resident()
         held = self._held(index)
-        torch._foreach_copy_(held[0] + held[1], self._live(held))
+        torch._foreach_copy_(held.adapter, self._live(held))
         if (problem := self._differs(index)) is not None:
             raise AdapterError(f"The adapter cannot be published: {problem}.")
         return True
@@ -367,7 +388,7 @@ class Slot:
         """Why the slot's content is not the live adapter's; None when it is, bit for bit."""
         held = self._held(index)
         live = self._live(held)
-        distance = torch._foreach_norm(torch._foreach_sub(held[0] + held[1], live), ord=math.inf)
+        distance = torch._foreach_norm(torch._foreach_sub(held.adapter, live), ord=math.inf)
         different = torch.stack(list(distance)).ne(0)  # NaN counts as different
         if bool(different.any()):
             which = int(different.nonzero()[0])
@@ -380,6 +401,10 @@ class Slot:
 
     def _has_leftovers(self, index: int) -> bool:
         """Whether the slot holds anything outside the places of the adapter: vLLM's kernels would add it in."""
+        outside = self._held(index).outside
+        return bool(outside) and bool(torch.stack(list(torch._foreach_norm(outside, ord=math.inf))).ne(0).any())
+
+    def _outside(self, index: int) -> list[torch.Tensor]:
         outside = []
         for place in self._places:
             rank = place.adapter.a.shape[0]
@@ -389,8 +414,7 @@ class Slot:
             for number, stacked in enumerate(getattr(layer, "lora_b_stacked", ())):
                 if (id(layer), number) not in filled:
                     outside.append(stacked[index])
-        outside = [t for t in outside if t.numel()]
-        return bool(outside) and bool(torch.stack(list(torch._foreach_norm(outside, ord=math.inf))).ne(0).any())
+        return [t for t in outside if t.numel()]
 
     def request(self) -> Any:
         """The `LoRARequest` for the current version. Its name keys the prefix cache: old versions cannot be hit."""

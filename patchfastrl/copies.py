@@ -58,12 +58,12 @@ class Copies:
         Args:
             adapter: with the adapter in training; False: the base model's.
         """
-        wanted = self._state(adapter)
+        merged = self._adapters() if adapter else {}
+        wanted = self._state(merged)
         if wanted == self._held:
             return False
         self._held = None  # interrupted half-way, they are nobody's weights
         self.version += 1
-        merged = self._adapters() if adapter else {}
         plain, sources = [], []
         for name, parameter, home in self._places():
             if name in merged:
@@ -80,7 +80,7 @@ class Copies:
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
-        if self._state(adapter) != self._held:
+        if self._state(self._adapters() if adapter else {}) != self._held:
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
                 "copy was released. Publish first (trainer: sync_weights(); model: fast_generate does it)."
@@ -115,14 +115,13 @@ class Copies:
             )
         return {f"{a.module}.weight": a for a in adapters.active_adapters(self._shared.model)}
 
-    def _state(self, adapter: bool) -> Any:
+    def _state(self, merged: dict[str, adapters.Adapter]) -> Any:
         """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
-        merged = self._adapters().values() if adapter else ()
         base = [tensor for _, parameter, _ in self._places() for tensor in storages_of(parameter)]
         return (
             checksum(base),
-            checksum([t for a in merged for t in (a.a, a.b)]) if merged else None,
-            tuple((a.module, a.scaling) for a in merged),
+            checksum([t for a in merged.values() for t in (a.a, a.b)]) if merged else None,
+            tuple((name, a.scaling) for name, a in merged.items()),
         )
 
 

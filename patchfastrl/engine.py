@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
-from . import adapters, guards, memory, rollouts, sharing
+from . import adapters, guards, install, memory, rollouts, sharing, training
 from .audit import audit
 from .compat import (
     cpu_experts,
@@ -146,6 +146,7 @@ def brought_along(model: nn.Module, wanted: dict[str, Any]) -> SharedLLM | None:
             "FastLanguageModel.from_pretrained."
         )
     llm.adopt(model)
+    _fuse(model)
     audit(llm)
     return llm
 
@@ -232,7 +233,9 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
         llm.slot = adapters.Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
     if on_cpu:
         llm._standby = cpu_standby.install(llm.worker, llm.copies.storages() if llm.copies is not None else [])
+    _fuse(model)
     live.add(llm)
+    memory.collect_rarely(True)
     guards.protect(llm)
     llm._end = weakref.finalize(llm, _discard, llm.llm_engine, list(llm.shared.keys.values()), llm._standby, folder)
     llm._end.atexit = False  # the process' end frees everything anyway
@@ -244,6 +247,12 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
     llm.seconds["build"] = time.perf_counter() - start
     logger.warning(_start_block(llm, sleep_mode, kwargs))
     return llm
+
+
+def _fuse(model: nn.Module) -> None:
+    wanted = install.settings().fused_training
+    if wanted or (wanted is None and not current_platform.is_cpu()):
+        training.fuse(model)
 
 
 @contextlib.contextmanager
@@ -290,6 +299,7 @@ def _loader(on_load: Any) -> Iterator[None]:
 def _discard(engine: Any, keys: list[int], standby: cpu_standby.KVCacheStorages | None, folder: Any) -> None:
     """The end of an engine: by `close`, by garbage collection, or at exit."""
     guards.release(keys)
+    memory.collect_rarely(bool(live))
     if engine.engine_core.is_sleeping():
         # CUDA: freeing memory that is unmapped leaves vLLM's allocator in an error that the next engine inherits.
         engine.wake_up(None)

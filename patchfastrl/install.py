@@ -38,6 +38,7 @@ class Settings:
     gpu_memory_utilization: float = 0.3
     max_model_length: int | None = None
     rollouts: Literal["merged", "adapter"] | None = None
+    fused_training: bool | None = None
 
 
 # One installation at a time, whoever calls. Re-entrant: importing the runtime may end up here again.
@@ -60,6 +61,7 @@ def PatchFastRL(
     gpu_memory_utilization: float = 0.3,
     max_model_length: int | None = None,
     rollouts: Literal["merged", "adapter"] | None = None,
+    fused_training: bool | None = None,
 ) -> None:
     """Let TRL's trainers sample from one engine that shares its weights with the model in training.
 
@@ -78,6 +80,8 @@ def PatchFastRL(
             ``"merged"``: merged into a copy of the weights that it changes, within the engine's share of the memory;
             standby releases the copy with the KV cache. Faster per token on a GPU. None: merged on a GPU with standby
             where the copy fits, else the adapter.
+        fused_training: whether adapters (and, where `liger-kernel` is installed, norms and gated activations) are
+            computed by fused operations in training: the same function, rounded in other places. None: on a GPU.
         strict: False leaves stock TRL wholly in place, with one RuntimeWarning, when something cannot be patched.
 
     Raises:
@@ -89,7 +93,7 @@ def PatchFastRL(
         _check_arguments(algorithm, FastLanguageModel, use_vllm)
         _check_engine(gpu_memory_utilization, max_model_length, rollouts)
         with _lock:
-            wanted = Settings(use_vllm, strict, gpu_memory_utilization, max_model_length, rollouts)
+            wanted = Settings(use_vllm, strict, gpu_memory_utilization, max_model_length, rollouts, fused_training)
             if _installation is None or not _installation.active:
                 with _collector_off():
                     installation = Installation(strict=strict)

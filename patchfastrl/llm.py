@@ -18,6 +18,7 @@ from .compat import cpu_standby, request_ids
 from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
+from .structure import looked_at_once
 
 CURRENT: Any = object()  # default of `lora_request`: the adapter in training
 
@@ -104,6 +105,29 @@ class SharedLLM(LLM):
             )
         if not self.awake:
             raise StandbyError("The engine's KV cache is released (standby). Call wake_up() before sampling.")
+        with looked_at_once():
+            lora_request, unmerged, explicit = self._prepared(lora_request)
+        args, kwargs = _with_sampling_params(args, kwargs)
+        with self._timed("generate"), between_steps(self.llm_engine) as failed:
+            try:
+                return call(*args, lora_request=lora_request, **kwargs)
+            except BaseException:
+                self._failed = ", ".join(map(repr, failed))
+                self._abort_requests()
+                raise
+            finally:
+                if unmerged:
+                    self._refresh()
+                elif explicit and self.slot is not None and self.slot.version:
+                    self.slot.publish()  # the other adapter took the slot
+
+    def _prepared(self, lora_request: Any) -> tuple[Any, bool, bool]:
+        """Everything is as it must be for a batch with this request.
+
+        Returns:
+            The request for vLLM; whether the adapter had to be taken out of the engine's own weights for it; whether it
+            is for another adapter than the one in training.
+        """
         if lora_request is CURRENT:
             lora_request = self.current_request()
         current = getattr(lora_request, "lora_int_id", None) == adapters.ADAPTER_ID
@@ -121,19 +145,7 @@ class SharedLLM(LLM):
                 "lora_request: this engine has no slot for another adapter (it was built with rollouts='merged', or "
                 "without an adapter). Load the model with FastLanguageModel.from_pretrained(max_lora_rank=...)."
             )
-        args, kwargs = _with_sampling_params(args, kwargs)
-        with self._timed("generate"), between_steps(self.llm_engine) as failed:
-            try:
-                return call(*args, lora_request=lora_request, **kwargs)
-            except BaseException:
-                self._failed = ", ".join(map(repr, failed))
-                self._abort_requests()
-                raise
-            finally:
-                if unmerged:
-                    self._refresh()
-                elif explicit and self.slot is not None and self.slot.version:
-                    self.slot.publish()  # the other adapter took the slot
+        return lora_request, unmerged, explicit
 
     def current_request(self) -> Any:
         """The `LoRARequest` of the adapter in training; None without one."""
@@ -172,7 +184,7 @@ class SharedLLM(LLM):
 
     def publish(self) -> bool:
         """Make the trainer's current weights what the next batch samples from. Returns whether anything was copied."""
-        with self._timed("publish"), uninterrupted():
+        with self._timed("publish"), uninterrupted(), looked_at_once():
             changed = self._refresh()
             if self.slot is not None and not self.merges and adapters.active_adapter(self.shared.model) is not None:
                 changed |= self.slot.publish()

@@ -22,6 +22,7 @@ from .errors import SharingError, UnsupportedError
 from .memory import return_freed
 from .packed import dtype_of as packed_dtype
 from .packed import shape_of, values_of
+from .structure import remembered
 from .trace import Copy, Recorder, Trace, View, combined_view, coverage, storage_key
 
 # Engine parameters up to this many elements keep the memory that they were built with: some of them (a KV scale) hold a
@@ -42,6 +43,7 @@ def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@remembered
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the model under training without its adapters, under the names the bare model would have.
 
@@ -227,28 +229,29 @@ def materialise(
     of_engine: dict[str, list[tuple[str, View]]] = defaultdict(list)
     for name, (destination, view) in plan.views.items():
         of_engine[destination].append((name, view))
+    own = {}
+    with own_memory():  # once: vLLM's pools end with the last tensor that was made under their name
+        for destination, tensor in engine_model.named_parameters():
+            if destination in plan.own:
+                own[destination] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     for destination, tensor in list(engine_model.named_parameters()):
         if destination not in of_engine and destination not in plan.fills:
             continue
-        own = destination in plan.own
         with torch.no_grad():
-            with own_memory() if own else contextlib.nullcontext():
-                home = (
-                    torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    if tensor.is_meta or own
-                    else tensor.data
-                )
+            home = own.get(destination, tensor.data)
+            if home.is_meta:
+                home = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             for view, value in plan.fills.get(destination, []):
                 view.on(home).fill_(value)
             for name, view in of_engine[destination]:
                 view.on(home).copy_(values_of(parameters[name]))
-                if not own:
+                if destination not in own:
                     _rebind(name, parameters[name], view.on(home))
                     freed += home.element_size() * view.numel
         if freed > _TRIM:
             return_freed()
             freed = 0
-        if tensor.is_meta or own:
+        if tensor.is_meta or destination in own:
             _become(tensor, home)
     return_freed()
     left = [n for n, t in engine_model.named_parameters() if t.is_meta]

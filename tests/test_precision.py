@@ -13,6 +13,7 @@ import tiny
 import torch
 
 from patchfastrl import PatchFastRL, UnpatchFastRL
+from patchfastrl.copies import Copies
 from patchfastrl.errors import GuardError, SharingError, UnsupportedError
 from patchfastrl.sharing import Shared, base_parameters, make_plan, materialise
 from patchfastrl.trace import storage_key
@@ -63,7 +64,7 @@ def differences(trainer: Any) -> list[float]:
 def assert_one_dtype(trainer: Any, dtype: torch.dtype) -> None:
     """Both sides hold the base in `dtype`, in one storage, and sample and compute alike."""
     llm, model = trainer.vllm_generation.llm, trainer.accelerator.unwrap_model(trainer.model)
-    assert not llm.private
+    assert llm.copies is None
     homes = {storage_key(p) for p in llm.shared.engine_model.parameters()}
     for name, parameter in base_parameters(model).items():
         assert parameter.dtype == dtype, name
@@ -206,8 +207,9 @@ def private(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     model, engine_model = tiny.model(family, FLOAT), llm.shared.engine_model
     del engine_model.load_weights  # the guard of a shared engine
     plan = make_plan(engine_model, model, cast=True)
-    materialise(engine_model, model, plan, torch.device("cpu"), share=False)
-    llm.shared, llm.private = Shared.of(model, engine_model, plan), True
+    materialise(engine_model, model, plan, torch.device("cpu"))
+    llm.shared = Shared.of(model, engine_model, plan)
+    llm.copies = Copies(llm.shared, merges=False)
     return llm, model
 
 

@@ -69,7 +69,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 def test_every_base_parameter_lies_in_the_engine(pair: tuple[Any, Any]) -> None:
     llm, model = pair
-    assert not llm.private
+    assert llm.copies is None
     parameters = base_parameters(model)
     assert parameters.keys() == llm.shared.plan.views.keys()  # what is not shared: nothing
     assert_in_engine(llm, model)
@@ -260,7 +260,7 @@ def test_transposed_weights_are_shared() -> None:
 def test_bfloat16(family: str) -> None:
     model = tiny.model(family, torch.bfloat16)
     llm = tiny.engine(model)
-    assert not llm.private
+    assert llm.copies is None
     assert_in_engine(llm, model)
     assert {p.dtype for p in llm.shared.engine_model.parameters()} == {torch.bfloat16}
     with torch.no_grad():

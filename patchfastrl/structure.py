@@ -1,0 +1,82 @@
+"""What a model consists of, found once: to walk thousands of modules before each batch costs more than a token does.
+
+The answers are kept for a model until a parameter, a module, or the state of an adapter in it is another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+class _Found:
+    """Answers about a model, and what they hold for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._parts = _parts(model)
+        self._trained = [p.requires_grad for p in self._parts]
+        self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._states = self._states_now()
+        self.answers: dict[Any, Any] = {}
+
+    def _states_now(self) -> list[tuple]:
+        return [(m.disable_adapters, m.active_adapter, tuple(m.merged_adapters)) for m in self._layers]
+
+    def holds(self, model: nn.Module) -> bool:
+        parts = _parts(model)
+        return (
+            len(parts) == len(self._parts)
+            and all(map(operator.is_, parts, self._parts))
+            and self._trained == [p.requires_grad for p in parts]
+            and self._states == self._states_now()
+        )
+
+
+def _parts(model: nn.Module) -> list[nn.Parameter]:
+    found, left = [], [model]
+    while left:
+        module = left.pop()
+        found += [p for p in module._parameters.values() if p is not None]
+        left += [m for m in module._modules.values() if m is not None]
+    return found
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+_looked_at: weakref.WeakSet[nn.Module] | None = None
+
+
+@contextlib.contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Inside the block nobody changes any model: each is looked at once, however many questions are asked."""
+    global _looked_at
+    before, _looked_at = _looked_at, weakref.WeakSet() if _looked_at is None else _looked_at
+    try:
+        yield
+    finally:
+        _looked_at = before
+
+
+def remembered(ask: Callable[[nn.Module], T]) -> Callable[[nn.Module], T]:
+    """`ask(model)`, computed again only when the model has changed. Callers must not change the answer."""
+
+    def answer(model: nn.Module) -> T:
+        found = _found.get(model)
+        if found is None or not (model in (_looked_at or ()) or found.holds(model)):
+            found = _found[model] = _Found(model)
+        if _looked_at is not None:
+            _looked_at.add(model)
+        if ask not in found.answers:
+            found.answers[ask] = ask(model)
+        return found.answers[ask]
+
+    answer.__doc__, answer.__name__ = ask.__doc__, ask.__name__
+    return answer
