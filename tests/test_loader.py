@@ -151,13 +151,14 @@ def test_without_an_engine(path):
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
-        ({"load_in_4bit": True}, "load_in_4bit=False"),
+        ({"load_in_8bit": True}, "load_in_4bit=True"),
+        ({"load_in_4bit": True, "full_finetuning": True}, "full_finetuning"),
         ({"float8_kv_cache": True}, "float8_kv_cache"),
     ],
 )
 def test_refused_by_name_before_loading(kwargs, named):
     with pytest.raises(UnsupportedError, match=named):
-        load("no-such-model" if "load_in_4bit" in kwargs else tiny_checkpoint_once(), **kwargs)
+        load("no-such-model" if "float8_kv_cache" not in kwargs else tiny_checkpoint_once(), **kwargs)
 
 
 _once: list[str] = []

@@ -1,0 +1,312 @@
+"""Weights of the engine's own: merged rollouts, and 4-bit models. The trainer's weights are only ever read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchfastrl import FastLanguageModel, PatchFastRL, UnpatchFastRL, engine_report
+from patchfastrl.checksum import checksum
+from patchfastrl.errors import AdapterError, SharingError, UnsupportedError
+from patchfastrl.sharing import base_parameters
+
+PROMPT = tiny.ids(16)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Any:
+    yield
+    UnpatchFastRL()
+
+
+def quantised(nested: bool = True, dtype: torch.dtype = torch.float32, skip: list[str] | None = None) -> Any:
+    """A bitsandbytes model as `from_pretrained` makes it."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.checkpoint(folder, "qwen2", dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=dtype)
+
+
+def merged(model: Any, **kwargs: Any) -> Any:
+    PatchFastRL(rollouts="merged")
+    return tiny.engine(model, **kwargs)
+
+
+def assert_alike(llm: Any, model: Any, limit: float = 1e-4) -> None:
+    assert (tiny.engine_logprobs(llm, PROMPT) - tiny.logprobs(model, PROMPT)).abs().max() < limit
+
+
+# Merged rollouts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [("qwen2", {}), ("phi3", {}), ("qwen2-tied", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True})],
+)
+def test_the_engine_follows_the_adapter_and_the_base_stays(family: str, lora: dict[str, Any]) -> None:
+    model = tiny.adapted(tiny.model(family), **lora)
+    before = {name: p.clone() for name, p in base_parameters(model).items()}
+    base = tiny.logprobs(tiny.model(family), PROMPT)
+    llm = merged(model)
+    assert llm.merges
+    assert llm.slot is None
+    assert_alike(llm, model)
+    for seed in (2, 3):
+        tiny.scramble(model, seed=seed)
+        with pytest.raises(SharingError, match="Publish first"):
+            tiny.engine_greedy(llm, PROMPT)
+        assert llm.publish()
+        assert not llm.publish()
+        assert_alike(llm, model)
+        assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    # The base model, asked for by name, and the adapter again after it, neither from a cached prefix.
+    assert (tiny.engine_logprobs(llm, PROMPT, lora_request=None) - base).abs().max() < 1e-4
+    assert_alike(llm, model)
+    with model.disable_adapter():
+        llm.publish()
+        assert_alike(llm, model)
+    llm.publish()
+    assert_alike(llm, model)
+    for name, parameter in base_parameters(model).items():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_only_what_the_adapter_changes_is_copied() -> None:
+    model = tiny.adapted(tiny.model("qwen2"), target_modules=["down_proj"])
+    llm = merged(model)
+    own = {name for name, (place, _) in llm.shared.plan.views.items() if place in llm.shared.plan.own}
+    assert own == {name for name in base_parameters(model) if "down_proj" in name}
+    assert llm.shared.own_bytes == sum(base_parameters(model)[name].nbytes for name in own)
+    assert engine_report_of(llm)["bytes_shared"] == llm.shared.bytes > llm.shared.own_bytes
+
+
+def engine_report_of(llm: Any) -> dict[str, Any]:
+    class Owner:
+        pass
+
+    owner = Owner()
+    owner.llm = llm  # type: ignore[attr-defined]
+    return engine_report(owner)
+
+
+def test_standby_releases_the_copy_and_what_was_in_it_is_not_sampled_from() -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model, enable_sleep_mode=True)
+    storages = [t.untyped_storage() for t in llm.copies.storages()]
+    assert all(s.nbytes() for s in storages)
+    llm.sleep()
+    assert not any(s.nbytes() for s in storages)
+    assert not llm.publish()  # there is no memory to put it into
+    llm.wake_up()
+    with pytest.raises(SharingError, match="released.*Publish first"):
+        tiny.engine_greedy(llm, PROMPT)
+    assert llm.publish()
+    assert_alike(llm, model)
+
+
+@pytest.mark.parametrize("write", ["weight", "adapter", "scaling"])
+def test_every_change_is_noticed(write: str) -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        if write == "weight":
+            layer.base_layer.weight.data[0, 0] += 1
+        elif write == "adapter":
+            layer.lora_B["default"].weight.data[0, 0] += 1
+        else:
+            layer.scaling["default"] *= 2
+    with pytest.raises(SharingError, match="Publish first"):
+        tiny.engine_greedy(llm, PROMPT)
+    assert llm.publish()
+    assert_alike(llm, model)
+
+
+def test_an_adapter_on_weights_that_have_no_copy_is_refused() -> None:
+    model = tiny.adapted(tiny.model("qwen2"), target_modules=["down_proj"])
+    llm = merged(model)
+    model.add_adapter("other", tiny.lora(target_modules=["up_proj"]))
+    model.set_adapter("other")
+    with pytest.raises(AdapterError, match="not built to merge"):
+        llm.publish()
+
+
+def test_another_adapter_needs_a_slot() -> None:
+    from vllm.lora.request import LoRARequest
+
+    llm = merged(tiny.adapted(tiny.model("qwen2")))
+    with pytest.raises(UnsupportedError, match=r"no slot.*max_lora_rank"):
+        tiny.engine_greedy(llm, PROMPT, lora_request=LoRARequest("other", 7, "nowhere"))
+
+
+def test_too_small_a_share_is_refused_with_what_to_set() -> None:
+    with pytest.raises(UnsupportedError, match=r"copied .* Raise vllm_gpu_memory_utilization, or .*'adapter'"):
+        merged(tiny.adapted(tiny.model("qwen2")), gpu_memory_utilization=1e-6)
+
+
+def test_a_wrong_word_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="rollouts='sometimes'"):
+        PatchFastRL(rollouts="sometimes")  # type: ignore[arg-type]
+
+
+def test_the_default_on_a_cpu_is_the_adapter() -> None:
+    llm = tiny.engine(tiny.adapted(tiny.model("qwen2")), enable_sleep_mode=True)
+    assert not llm.merges
+    assert llm.slot is not None
+
+
+def test_grpo_with_merged_rollouts(tmp_path: Any) -> None:
+    PatchFastRL(rollouts="merged")
+    from trl import GRPOTrainer
+
+    model = tiny.model("qwen2")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=tiny.length_reward,
+        args=tiny.config(tmp_path, vllm_enable_sleep_mode=True, max_steps=3),
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora(),
+    )
+    trainer.train()
+    llm = trainer.vllm_generation.llm
+    logs = [line["sampling/sampling_logp_difference/max"] for line in trainer.state.log_history if "loss" in line]
+    assert len(logs) == 3
+    assert max(logs) < 1e-4
+    assert llm.publishes >= 3
+    assert llm.copies.releases >= 3
+    for name, parameter in base_parameters(trainer.model).items():
+        assert torch.equal(parameter, before[name]), name
+    llm.close("the test is over.")
+
+
+# 4-bit models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nested", "skip"), [(True, None), (False, None), (True, ["lm_head", "model.layers.0.mlp.up_proj"])]
+)
+def test_a_4_bit_model(nested: bool, skip: list[str] | None) -> None:
+    model = quantised(nested, skip=skip)
+    packed = {n: p.data.clone() for n, p in model.named_parameters()}
+    assert any(p.dtype == torch.uint8 for p in packed.values())
+    model = tiny.adapted(model)
+    llm = tiny.engine(model)
+    assert llm.merges
+    assert_alike(llm, model)
+    tiny.scramble(model, seed=5)
+    llm.publish()
+    assert_alike(llm, model)
+    assert {p.dtype for p in llm.shared.engine_model.parameters()} == {torch.float32}
+    for name, parameter in base_parameters(model).items():
+        assert torch.equal(parameter.data, packed[name]), name
+
+
+def test_the_audit_alters_packed_weights_too() -> None:
+    """An engine that computes with something else than what is unpacked into it does not pass."""
+    from patchfastrl.audit import audit
+
+    llm = tiny.engine(tiny.adapted(quantised()))
+    audit(llm)
+    copies = llm.copies
+    stale = copies._held
+    copies.refresh = lambda adapter=True: False  # unpacks nothing any more
+    copies.check = lambda adapter=True: None
+    copies._held = stale
+    with pytest.raises(SharingError, match="after writing into the trainer's parameters"):
+        audit(llm)
+
+
+def test_grpo_on_a_4_bit_model(tmp_path: Any) -> None:
+    PatchFastRL()
+    from transformers import BitsAndBytesConfig
+    from trl import GRPOTrainer
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    trainer = GRPOTrainer(
+        model=tiny.checkpoint(tmp_path / "model"),
+        reward_funcs=tiny.length_reward,
+        args=tiny.config(tmp_path, max_steps=3, model_init_kwargs={"quantization_config": how, "dtype": "float32"}),
+        train_dataset=tiny.prompts(),
+        peft_config=tiny.lora(),
+    )
+    packed = {n: p.data.clone() for n, p in base_parameters(trainer.model).items()}
+    assert any(p.dtype == torch.uint8 for p in packed.values())
+    trainer.train()
+    logs = [line["sampling/sampling_logp_difference/mean"] for line in trainer.state.log_history if "loss" in line]
+    assert len(logs) == 3
+    assert max(logs) < 0.02  # TRL keeps the adapter of a 4-bit model in bfloat16
+    for name, parameter in base_parameters(trainer.model).items():
+        assert torch.equal(parameter.data, packed[name]), name
+    trainer.vllm_generation.llm.close("the test is over.")
+
+
+def test_8_bit_is_refused_by_name(tmp_path: Any) -> None:
+    PatchFastRL()
+    from transformers import BitsAndBytesConfig
+    from trl import GRPOTrainer
+
+    with pytest.raises(UnsupportedError, match="4-bit"):
+        GRPOTrainer(
+            model=tiny.checkpoint(tmp_path / "model"),
+            reward_funcs=tiny.length_reward,
+            args=tiny.config(
+                tmp_path, model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+            ),
+            train_dataset=tiny.prompts(),
+            peft_config=tiny.lora(),
+        )
+
+
+def test_fast_language_model_in_4_bits(tmp_path: Any) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        tiny.checkpoint(tmp_path, "qwen2"), max_seq_length=256, max_lora_rank=8, gpu_memory_utilization=0.2
+    )
+    llm = model.vllm_engine
+    assert_alike(llm, model)
+    model = FastLanguageModel.get_peft_model(model, r=8)
+    llm.publish()
+    assert llm.merges
+    tiny.scramble(model)
+    llm.publish()
+    assert_alike(llm, model)
+    first = tiny.engine_logprobs(llm, PROMPT)
+    model.save_lora(str(tmp_path / "saved"))
+    request = model.load_lora(str(tmp_path / "saved"))
+    tiny.scramble(model, seed=9)
+    llm.publish()
+    assert (tiny.engine_logprobs(llm, PROMPT, lora_request=request) - first).abs().max() < 1e-3
+    assert_alike(llm, model)
+
+
+# Checksums ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9000), min_size=1, max_size=5), data=st.data())
+def test_a_checksum_changes_with_any_byte_and_with_any_order(sizes: list[int], data: Any) -> None:
+    tensors = [torch.randint(0, 255, (n,), dtype=torch.uint8) for n in sizes]
+    before = checksum(tensors)
+    assert checksum(tensors) == before
+    which = data.draw(st.integers(0, len(sizes) - 1))
+    place = data.draw(st.integers(0, sizes[which] - 1))
+    tensors[which][place] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(tensors) != before
+    if len(tensors) > 1 and not torch.equal(tensors[0], tensors[1]):
+        assert checksum([tensors[1], tensors[0], *tensors[2:]]) != checksum(tensors)
