@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from . import __version__, runtime
-from .compat import support, versions
+from .compat import cpu_name, support, versions
 from .errors import PatchFastRLError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def examine() -> Findings:
     kind = versions.platform()
     try:
         support.check(found, platform=kind)
+        cpu_name.check()
     except PatchFastRLError as error:
         refused.append(str(error))
     python = platform.python_version()

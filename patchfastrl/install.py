@@ -185,10 +185,11 @@ def _seams() -> Sequence[Seam]:
 
 
 def _chosen() -> list[Seam]:
-    from patchfastrl.compat import support
+    from patchfastrl.compat import cpu_name, support
     from patchfastrl.compat.versions import installed, platform
 
     support.check({name: installed(name) for name in ("trl", "vllm")}, platform=platform())
+    cpu_name.check()
     chosen = (choose(candidates, installed) for candidates in variants(_seams()).values())
     return [seam for seam in chosen if seam is not None]
 
