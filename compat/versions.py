@@ -45,6 +45,9 @@ def origin(name: str) -> str | None:
     """Where an installed package came from when it is not a release of the registry: a repository, a folder, a wheel.
 
     None for a release, and for what is not installed. https://packaging.python.org/specifications/direct-url/
+
+    Raises:
+        PatchFastRLError: as `installed`; or what pip has written about the origin cannot be read.
     """
     version = installed(name)
     for distribution in DISTRIBUTIONS.get(name, (name,)):
@@ -53,7 +56,14 @@ def origin(name: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
         if text:
-            return str(json.loads(text)["url"])
+            try:
+                return str(json.loads(text)["url"])
+            except (ValueError, LookupError, TypeError):
+                raise PatchFastRLError(
+                    f"{distribution} is installed with a direct_url.json that names no origin: {text[:80]!r}. "
+                    f"Expected: an object with a url. Install it again: "
+                    f"pip install --force-reinstall --no-deps {distribution}"
+                ) from None
     return "a development version" if version is not None and version.is_devrelease else None
 
 

@@ -131,6 +131,12 @@ def _judge(findings: Findings) -> None:
         refused.append("ACCELERATE_USE_FSDP is set: FSDP cannot shard parameters that live in the engine's storage")
     if env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         refused.append("ACCELERATE_DEEPSPEED_ZERO_STAGE=3: ZeRO-3 cannot shard parameters in the engine's storage")
+    for name in ("trl", "vllm"):
+        try:
+            if packages[name] and (source := versions.origin(name)):
+                notes.append(f"{name} {packages[name]} is no release ({source}): it passes by its shape, or is refused")
+        except PatchFastRLError as error:
+            refused.append(str(error))
     if packages["peft"] is None:
         notes.append("peft is not installed: full fine-tuning works, LoRA does not")
     standby = False

