@@ -12,7 +12,8 @@ demo: environment
 test: lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# Every row of the support table, each in an environment of its own; ARGS=--ci: the oldest, one of each era, the newest.
+# Every CPU row of the support table, each in an environment of its own; ARGS="--ci --jobs 2": the oldest, one of each
+# era, the newest, two at a time.
 matrix: environment
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/nox -R -s matrix -- $(ARGS)
 

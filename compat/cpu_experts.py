@@ -1,8 +1,9 @@
 """vLLM's CPU backend repacks the experts of a mixture: compute with the plain weights, as on a GPU.
 
 Requirement: vLLM on the CPU platform. Up to 0.26 the experts run in `cpu_fused_moe.CPUFusedMOE`, which has a plain path
-and only has to be told to take it (through `_custom_ops` in the first of these releases, `check_grouped_gemm` in later
-ones); after that they run in `experts.cpu_moe.CPUUnquantizedExperts`, which has none.
+and only has to be told to take it (`check_grouped_gemm`; in 0.12 through `_custom_ops`; in 0.11, where it has no other
+path, it stands in for the class that needs Intel's extension of PyTorch); after that they run in
+`experts.cpu_moe.CPUUnquantizedExperts`, which has none.
 Reason: a repacked copy cannot be the trainer's parameter.
 Link: vllm/model_executor/layers/fused_moe
 Until: vLLM can be asked for unpacked CPU weights.
@@ -32,10 +33,13 @@ def plain_weights() -> contextlib.AbstractContextManager[None]:
 def _up_to_0_26() -> Iterator[None]:
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
-    from vllm.model_executor.layers.fused_moe.cpu_fused_moe import CPUFusedMOE
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 
-    if hasattr(CPUFusedMOE, "check_grouped_gemm"):
-        no_repacking = replaced(CPUFusedMOE, "check_grouped_gemm", lambda self, layer: (False, "none"))
+    plain = cpu_fused_moe.CPUFusedMOE
+    if hasattr(plain, "check_grouped_gemm"):
+        no_repacking = replaced(plain, "check_grouped_gemm", lambda self, layer: (False, "none"))
+    elif hasattr(cpu_fused_moe, "IPEXFusedMOE"):
+        no_repacking = replaced(cpu_fused_moe, "IPEXFusedMOE", plain)
     else:
         no_repacking = replaced(_custom_ops, "is_onednn_acl_supported", lambda: False)
     with no_repacking, replaced(utils, "check_cpu_sgl_kernel", lambda *args: False):

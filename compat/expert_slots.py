@@ -1,11 +1,11 @@
 """vLLM prepares a mixture's experts for adapters, whether or not an adapter aims at them: leave them as they are.
 
-Requirement: vLLM that serves adapters on experts. Older releases of these (0.12) ask `utils.FusedMoE` which modules are
-experts, and stop at one that got no slot.
+Requirement: vLLM that serves adapters on experts: 0.11 does not. The first that do (0.12) ask `utils.FusedMoE` which
+modules are experts, and stop at one that got no slot.
 Reason: adapters on experts are refused, but the kernels and the wrapper for them need Triton (on the CPU the first
-batch dies in it) and cost time. Link: vllm/model_executor/layers/fused_moe/layer.py, `is_lora_enabled`;
-vllm/lora/utils.py, `_all_lora_classes` Until: adapters on experts are served, or `lora_target_modules` can leave
-modules out.
+batch dies in it) and cost time.
+Link: vllm/model_executor/layers/fused_moe/layer.py, `is_lora_enabled`; vllm/lora/utils.py, `_all_lora_classes`
+Until: adapters on experts are served, or `lora_target_modules` can leave modules out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ class _NoModule:
 @contextlib.contextmanager
 def left_out() -> Iterator[None]:
     """While an engine is built: experts get their ordinary kernels and no adapter slot."""
-    from vllm.lora import utils
+    from vllm.lora import layers, utils
+
+    if not hasattr(layers, "FusedMoEWithLoRA"):
+        yield
+        return
     from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
     from vllm.model_executor.layers.fused_moe import layer
 

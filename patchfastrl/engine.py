@@ -33,8 +33,10 @@ from .compat import (
     cpu_rms_norm,
     cpu_standby,
     cuda_weight_pool,
+    dense_layers,
     expert_slots,
     import_errors,
+    process_groups,
 )
 from .copies import Copies
 from .errors import UnsupportedError
@@ -109,6 +111,7 @@ def _write_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         base.config.architectures = [type(base).__name__]
     config = copy.deepcopy(base.config)
     config.__dict__.pop("quantization_config", None)  # the engine's own weights are unpacked
+    dense_layers.name(config)
     config.save_pretrained(folder)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.to_json_file(folder / "generation_config.json")
@@ -167,6 +170,7 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
     check_model(model, placed=True)
     for old in list(live):
         old.close("another engine was built in this process, which has room for one. Use the newer trainer or model.")
+    process_groups.make_anew()
     on_cpu = current_platform.is_cpu()
     sleep_mode = bool(kwargs.pop("enable_sleep_mode", False))
     # TRL asks for bitsandbytes here when the trainer's model is quantised. The engine's weights are not.

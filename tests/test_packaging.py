@@ -193,5 +193,8 @@ def test_two_commands_exist() -> None:
     for target in ("demo", "test"):
         assert f"make {target}" in readme
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "make matrix" in readme
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.search(r"^make test\b", ci, re.MULTILINE)
+    assert re.search(r'^make matrix ARGS="--ci\b', ci, re.MULTILINE)
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

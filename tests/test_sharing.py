@@ -82,6 +82,15 @@ def test_every_base_parameter_lies_in_the_engine(pair: tuple[Any, Any]) -> None:
     assert bool(wrapped) == (len(of_base) != len(list(model.parameters())))
 
 
+def test_a_mixture_after_a_dense_model_has_slots_in_its_dense_layers() -> None:
+    tiny.engine(tiny.model("llama"))
+    model = tiny.adapted(tiny.model("qwen3-moe"), target_modules=["q_proj", "v_proj"])
+    assert base_parameters(model)["model.layers.0.mlp.gate_proj.weight"].shape == (96, 64)
+    llm = tiny.engine(model)
+    assert "model.layers.0.mlp.gate_up_proj.base_layer.weight" in dict(llm.shared.engine_model.named_parameters())
+    assert_agree(llm, model)
+
+
 def test_the_padded_vocabulary_stays_padding(pair: tuple[Any, Any]) -> None:
     llm, model = pair
     embedding = model.get_input_embeddings().weight

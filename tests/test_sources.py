@@ -8,13 +8,16 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from email import message_from_string
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from patchfastrl import sources
 from patchfastrl.cli import main
+from patchfastrl.compat import support
 from patchfastrl.errors import PatchFastRLError
 from patchfastrl.rewrite import Source, rewrite
 from patchfastrl.wheels import Package, Wheels, find, published
@@ -40,6 +43,23 @@ def wheels(folder: Path) -> Iterator[Wheels]:
 def test_every_seam_fits(release: str, wheels: Wheels) -> None:
     checked = sources.check(published(release, wheels))
     assert sources.explain(checked, wheels) == f"trl {release}: ok, {len(checked.seams)} seams"
+
+
+@pytest.mark.parametrize("row", support.rows(), ids=lambda row: f"{row.trl}-{row.vllm}-{row.platform}")
+def test_the_table_says_which_pairs_are_of_trl(row: support.Row, wheels: Wheels) -> None:
+    """By what the release's own metadata asks for in its extra `vllm`."""
+    with zipfile.ZipFile(wheels.release(row.trl)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_string(archive.read(name).decode())
+    wanted = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
+    (vllm,) = (
+        requirement.specifier
+        for requirement in wanted
+        if requirement.name == "vllm"
+        and requirement.marker is not None
+        and requirement.marker.evaluate({"extra": "vllm", "python_version": row.python[0]})
+    )
+    assert vllm.contains(row.vllm) == (row.pair == "trl"), vllm
 
 
 def changes(release: str, file: str, wheels: Wheels) -> list[str]:

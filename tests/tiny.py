@@ -65,7 +65,9 @@ def _config(family: str) -> Any:
         case "gemma":
             return t.GemmaConfig(**sizes)
         case "gemma2":
-            return t.Gemma2Config(**sizes, query_pre_attn_scalar=32, sliding_window=128)
+            # Its published checkpoints say the activation under both names, and vLLM before 0.18 reads the older one.
+            older = {"hidden_act": "gelu_pytorch_tanh"}
+            return t.Gemma2Config(**sizes, **older, query_pre_attn_scalar=32, sliding_window=128)
         case "phi3":
             sizes.pop("head_dim")
             return t.Phi3Config(**{**sizes, "num_attention_heads": 2, "num_key_value_heads": 1})
