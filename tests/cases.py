@@ -93,6 +93,19 @@ def pairs(folder: Path) -> dict[str, Any]:
     return {"judge": Longer(), "train_dataset": tiny.prompts(16)}
 
 
+def rollouts(folder: Path) -> dict[str, Any]:
+    """GRPO with a `rollout_func` that samples through OpenEnv's helper."""
+    from trl.experimental.openenv import generate_rollout_completions
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        found = generate_rollout_completions(trainer, prompts)
+        return {key: [result[key] for result in found] for key in ("prompt_ids", "completion_ids", "logprobs")}
+
+    return {**rewards(folder), "rollout_func": rollout}
+
+
+OPENENV = Trainer("OpenEnv's rollouts", "", "", (Home("trl.trainer.grpo", "GRPO", "0.26", "1.9"),))
+
 # Class, what the trainer is given besides model and configuration, settings.
 Given = Callable[[Path], dict[str, Any]]
 _GRPO: dict[str, Any] = {"num_generations": 4}
@@ -132,6 +145,7 @@ CASES: dict[str, tuple[str, Given, dict[str, Any]]] = {
     "GRPO with replay buffer": ("GRPOWithReplayBuffer", rewards, {**_GRPO, "replay_buffer_size": 8}),
     "GSPO-token": ("GRPO", rewards, {**_GRPO, "importance_sampling_level": "sequence_token"}),
     "MiniLLM": ("MiniLLM", lambda folder: {**rewards(folder), "teacher_model": tiny.model(seed=7)}, _GRPO),
+    OPENENV.title: ("GRPO", rollouts, _GRPO),
     "GKD": (
         "GKD",
         lambda folder: {"teacher_model": tiny.model(seed=7), "train_dataset": conversations()},
@@ -147,7 +161,7 @@ CASES: dict[str, tuple[str, Given, dict[str, Any]]] = {
 
 def present() -> dict[str, Trainer]:
     """The trainers that sample from the shared engine in the installed TRL, by title."""
-    return {t.title: t for t in (*SHARED, *INHERITING, *BESIDE) if any(map(_has, t.homes))}
+    return {t.title: t for t in (*SHARED, *INHERITING, *BESIDE, OPENENV) if any(map(_has, t.homes))}
 
 
 def _has(home: Home) -> bool:
@@ -171,7 +185,7 @@ def make(title: str, folder: Path, *, model: Any = None, peft: bool = True, **se
     wanted = {**quick(folder), **own, **settings}
     args = config(**{k: v for k, v in wanted.items() if v is not None and k in known})
     return trainer(
-        model=tiny.model() if model is None else model,
+        model=tiny.model(positions=1024) if model is None else model,
         args=args,
         **({"peft_config": tiny.lora()} if peft else {}),
         **{"processing_class": tiny.tokenizer(), **given(folder)},
@@ -211,7 +225,9 @@ def apart_from_engine(policy: Any, weights: dict[str, torch.Tensor], outputs: An
             ids = torch.tensor([[*output.prompt_token_ids, *sample.token_ids]])
             said = torch.tensor([p[t].logprob for t, p in zip(sample.token_ids, sample.logprobs, strict=True)])
             with torch.no_grad():
-                logits = torch.func.functional_call(policy, weights, kwargs={"input_ids": ids, "use_cache": False}).logits
+                logits = torch.func.functional_call(
+                    policy, weights, kwargs={"input_ids": ids, "use_cache": False}
+                ).logits
             logps = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[start:, 0]
             largest = max(largest, float((said - logps).abs().max()))
     policy.train(training)

@@ -16,14 +16,22 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from cell import check, move, results  # first: it sets the environment
 
 CLOSE, FAR = 1e-3, 1e-2  # differences of log-probabilities
-OWN_ENGINE = ("RLOO", "Online DPO", "GOLD")  # in some release: with and without standby; the others with, if they can
+OWN_ENGINE = (
+    "RLOO",
+    "Online DPO",
+    "GOLD",
+    "OpenEnv's rollouts",
+)  # in some release: with and without standby; the others with, if they can
 MAKES_NO_ADAPTERS = ("A*-PO",)
+# TRL's own fault: they unpack another number of values than GRPO's `_generate` returns there. From, before.
+BROKEN_IN_TRL = {"GFPO": ("0.26", "1.1"), "GRPO with replay buffer": ("0.24", "0.25")}
 LEFT_OUT = {"GRPO": "tests/cell.py", "PAPO": "its loss needs images; it samples as GRPO does"}
 
 
@@ -39,6 +47,7 @@ def run(title: str, standby: bool, folder: Path) -> None:
     import cases
     import tiny
     import torch
+    from packaging.version import Version
     from transformers import TrainerCallback
 
     os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if standby else "0"
@@ -63,6 +72,14 @@ def run(title: str, standby: bool, folder: Path) -> None:
 
     trainer.add_callback(Move())
     watch = cases.Watch(trainer)
+    first, end = BROKEN_IN_TRL.get(title, ("0", "0"))
+    if Version(first) <= cases.RELEASE < Version(end):
+        try:
+            trainer.train()
+            check(f"{name}: TRL's own does not run", False)
+        except ValueError as error:
+            check(f"{name}: TRL's own does not run", "values to unpack" in str(error) and len(watch.off) == 1, error)
+        return
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     check(f"{name}: trained", len(losses) == 2 and all(abs(loss) < 1e6 for loss in losses), losses)
@@ -103,8 +120,12 @@ def main() -> None:
             continue
         for standby in modes(title):
             began = time.perf_counter()
-            with tempfile.TemporaryDirectory() as folder:
-                run(title, standby, Path(folder))
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    run(title, standby, Path(folder))
+            except Exception as error:  # the other trainers are still to be tried
+                traceback.print_exc()
+                check(f"{title}: ran", False, repr(error))
             cases.close_all()
             print(f"     {time.perf_counter() - began:.1f} s", flush=True)
     UnpatchFastRL()

@@ -68,6 +68,7 @@ SPANS = {
     },
     **{f"gkd.{n}": ("0.18.0", None) for n in ("configure", "build", "generate")},
     **{f"a2po.{n}": ("1.6.0", None) for n in ("configure", "build", "generate")},
+    **{f"openenv.{n}": ("0.26.0", "1.9.0") for n in ("lora_request", "reload", "sampling_overrides")},
     "ppo.alone": ("0.18.0", "1.13.0"),
     "sdft.legacy": ("1.0.0", "1.6.0"),
     **{f"{trainer}.alone": ("0.18.0", "1.14.0") for trainer in ("nash_md", "xpo")},
