@@ -5,6 +5,7 @@ from __future__ import annotations
 from patchfastrl.seam import Seam
 
 from . import (
+    broken_paths,
     chat_template,
     colocate_mode,
     config_field,
@@ -32,6 +33,7 @@ SEAMS: tuple[Seam, ...] = (
     *reload_weights.SEAMS,
     *openenv.SEAMS,
     *chat_template.SEAMS,
+    *broken_paths.SEAMS,
     *generate_call.SEAMS,
     *own_sampling.SEAMS,
 )

@@ -1,8 +1,8 @@
 """Every trainer that samples from the shared engine, in one cell of the support table: `python tests/cell_trainers.py
 [--json FILE] [TITLE ...]` in that cell's environment.
 
-Each trainer of the installed release trains with LoRA, with standby too where it has sleep mode. Its adapter is moved by
-a large step between any two samplings, also between two within one step of the optimizer, which TRL's step counter does
+Each trainer of the installed release trains with LoRA, with standby where it has sleep mode. Its adapter is moved by a
+large step between any two samplings, also between two within one step of the optimizer, which TRL's step counter does
 not notice. Checked: one storage, each batch sampled from the adapter as it is then (the adapter as it was one batch
 before is far off, and so is the base), the base bit-identical afterwards. Prints a line for each check; exits with 1
 when one fails. What tests/cell.py checks of GRPO is not repeated.
@@ -23,12 +23,10 @@ from typing import Any
 from cell import check, move, results  # first: it sets the environment
 
 CLOSE, FAR = 1e-3, 1e-2  # differences of log-probabilities
-OWN_ENGINE = (
-    "RLOO",
-    "Online DPO",
-    "GOLD",
-    "OpenEnv's rollouts",
-)  # in some release: with and without standby; the others with, if they can
+# They have an engine of their own in some release: with and without standby. The others: with, if they can.
+OWN_ENGINE = ("RLOO", "Online DPO", "GOLD", "OpenEnv's rollouts")
+# From 1.0 on they sample for all of a step's micro-batches at once; the second sampling is asked of the engine's owner.
+SAMPLES_AHEAD = ("GOLD", "Distillation", "IW-OPD")
 MAKES_NO_ADAPTERS = ("A*-PO",)
 # TRL's own fault: they unpack another number of values than GRPO's `_generate` returns there. From, before.
 BROKEN_IN_TRL = {"GFPO": ("0.26", "1.1"), "GRPO with replay buffer": ("0.24", "0.25")}
@@ -62,13 +60,19 @@ def run(title: str, standby: bool, folder: Path) -> None:
         moves = 0
 
         def on_substep_end(self, *_: Any, **__: Any) -> None:
+            self.move()
+            if title in SAMPLES_AHEAD and hasattr(trainer, "vllm_generation"):
+                trainer.vllm_generation.generate(prompts=[tiny.ids(24)], images=None, num_generations=1)
+
+        def move(self) -> None:
             self.moves += 1
             if lora:
                 tiny.scramble(policy, seed=self.moves)
             else:
                 move(policy, lora=False)
 
-        on_step_end = on_substep_end
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.move()
 
     trainer.add_callback(Move())
     watch = cases.Watch(trainer)
@@ -106,6 +110,7 @@ def main() -> None:
 
     PatchFastRL()
     import cases
+
     from patchfastrl.compat.support import PACKAGES
     from patchfastrl.compat.versions import installed
 
@@ -123,7 +128,7 @@ def main() -> None:
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     run(title, standby, Path(folder))
-            except Exception as error:  # the other trainers are still to be tried
+            except Exception as error:  # noqa: BLE001 (the other trainers are still to be tried)
                 traceback.print_exc()
                 check(f"{title}: ran", False, repr(error))
             cases.close_all()

@@ -21,7 +21,7 @@ from patchfastrl.wheels import Package, Wheels, find, published
 
 GRPO, RLOO = "trl/trainer/grpo_trainer.py", "trl/trainer/rloo_trainer.py"
 CONFIG, ENGINE = "trl/trainer/grpo_config.py", "trl/generation/vllm_generation.py"
-OPENENV = "trl/experimental/openenv/utils.py"
+OPENENV, GOLD = "trl/experimental/openenv/utils.py", "trl/experimental/gold/gold_trainer.py"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,19 @@ CREATE = "args, peft_config, model_init_kwargs"
         ("0.27.2", GRPO, 'self.llm.collective_rpc("reload_weights")', None),
         ("0.28.0", ENGINE, 'self.llm.collective_rpc("reload_weights")', None),
         ("1.9.2", ENGINE, "except NotImplementedError:", None),
+        (
+            "0.26.2",
+            RLOO,
+            "prompts = [prepare_multimodal_messages_vllm(prompt) for prompt in prompts]",
+            "prompts = [prepare_multimodal_messages_vllm(prompt) for prompt in prompts] "
+            'if is_conversational({"prompt": prompts[0]}) else prompts',
+        ),
+        (
+            "0.25.0",
+            GOLD,
+            "max_completion_length = generation_config.max_completion_length",
+            "max_completion_length = generation_config.max_new_tokens",
+        ),
         ("0.26.0", OPENENV, 'trainer.llm.collective_rpc("reload_weights")', None),
         ("1.8.0", OPENENV, 'trainer.vllm_generation.llm.collective_rpc("reload_weights")', None),
         (
