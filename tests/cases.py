@@ -6,7 +6,6 @@ For the tests, and for tests/cell_trainers.py, which goes with every release.
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import inspect
 import math
@@ -19,7 +18,7 @@ import torch
 import trl
 from packaging.version import Version
 
-from patchfastrl import engine, runtime
+from patchfastrl import runtime
 from patchfastrl.compat.versions import installed
 from patchfastrl.patches.trainers import BESIDE, INHERITING, SHARED, Home, Trainer
 
@@ -115,7 +114,7 @@ CASES: dict[str, tuple[str, Given, dict[str, Any]]] = {
     "Online DPO": (
         "OnlineDPO",
         pairs,
-        {"max_new_tokens": 8, "max_length": 64, "max_completion_length": None, "vllm_mode": "server", "use_vllm": True},
+        {"max_new_tokens": 8, "max_length": 64, "max_completion_length": None, "vllm_mode": "server"},
     ),
     "GOLD": (
         "GOLD",
@@ -202,14 +201,6 @@ def engine_of(trainer: Any) -> Any:
 
 def policy_of(trainer: Any) -> Any:
     return trainer.accelerator.unwrap_model(trainer.model)
-
-
-def close_all() -> None:
-    """No engine is left open; what refers to a trainer must be gone."""
-    gc.unfreeze()  # vLLM freezes the heap when it builds an engine
-    gc.collect()
-    for llm in list(engine.live):
-        llm.close("the test is over.")
 
 
 # Watching -------------------------------------------------------------------------------------------------------------

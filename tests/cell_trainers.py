@@ -110,6 +110,7 @@ def main() -> None:
 
     PatchFastRL()
     import cases
+    import tiny
 
     from patchfastrl.compat.support import PACKAGES
     from patchfastrl.compat.versions import installed
@@ -131,7 +132,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 (the other trainers are still to be tried)
                 traceback.print_exc()
                 check(f"{title}: ran", False, repr(error))
-            cases.close_all()
+            tiny.close_all()
             print(f"     {time.perf_counter() - began:.1f} s", flush=True)
     UnpatchFastRL()
     results["seconds"] = round(time.perf_counter() - start, 1)
