@@ -147,6 +147,7 @@ CASES: dict[str, tuple[str, Given, dict[str, Any]]] = {
     "GMPO": ("GMPO", rewards, _GRPO),
     "GRPO with replay buffer": ("GRPOWithReplayBuffer", rewards, {**_GRPO, "replay_buffer_size": 8}),
     "GSPO-token": ("GRPO", rewards, {**_GRPO, "importance_sampling_level": "sequence_token"}),
+    "PAPO": ("PAPO", rewards, _GRPO),
     "MiniLLM": ("MiniLLM", lambda folder: {**rewards(folder), "teacher_model": tiny.model(seed=7)}, _GRPO),
     OPENENV.title: ("GRPO", rollouts, _GRPO),
     "GKD": (
