@@ -5,6 +5,7 @@ from __future__ import annotations
 from patchfastrl.seam import Seam
 
 from . import (
+    broken_paths,
     chat_template,
     colocate_mode,
     config_field,
@@ -12,6 +13,7 @@ from . import (
     generate_call,
     load_policy,
     lora_request,
+    openenv,
     own_sampling,
     publish_adapter,
     reload_weights,
@@ -29,7 +31,9 @@ SEAMS: tuple[Seam, ...] = (
     *publish_adapter.SEAMS,
     *lora_request.SEAMS,
     *reload_weights.SEAMS,
+    *openenv.SEAMS,
     *chat_template.SEAMS,
+    *broken_paths.SEAMS,
     *generate_call.SEAMS,
     *own_sampling.SEAMS,
 )

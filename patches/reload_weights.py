@@ -11,22 +11,30 @@ from .owners import OWNERS
 from .releases import between, outside
 
 
-def _reloads(body: object) -> bool:
+def _reloads(body: object, engine: str = "self.llm") -> bool:
     """Whether a block (or a line) holds this one expression and nothing else."""
     while isinstance(body, (cst.IndentedBlock, cst.SimpleStatementLine)) and len(body.body) == 1:
         body = body.body[0]
-    return isinstance(body, cst.Expr) and reads(body.value, 'self.llm.collective_rpc("reload_weights")')
+    return isinstance(body, cst.Expr) and reads(body.value, f'{engine}.collective_rpc("reload_weights")')
 
 
 class ReloadWeights(Rewrite):
-    """The statement ``self.llm.collective_rpc("reload_weights")`` goes."""
+    """The statement ``self.llm.collective_rpc("reload_weights")`` goes.
+
+    Args:
+        engine: where the engine is, ``"self.llm"`` above.
+    """
 
     words = ("reload_weights",)
+
+    def __init__(self, engine: str = "self.llm") -> None:
+        super().__init__()
+        self.engine = engine
 
     def leave_SimpleStatementLine(
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ) -> cst.SimpleStatementLine | cst.RemovalSentinel:
-        if not _reloads(original_node):
+        if not _reloads(original_node, self.engine):
             return updated_node
         self.found += 1
         return cst.RemoveFromParent()

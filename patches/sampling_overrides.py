@@ -8,7 +8,7 @@ from patchfastrl.rewrite import Rewrite, expression, reads, with_leading
 from patchfastrl.seam import Seam
 
 from .releases import END, ENGINE_CLASS, FIRST, ONLINE_DPO_MODES, between, upstream
-from .trainers import DISTILLATION, GRPO, ONLINE_DPO, RLOO, SDFT, SDPO, SSD
+from .trainers import DISTILLATION, GOLD, GRPO, ONLINE_DPO, RLOO, SDFT, SDPO, SSD
 
 
 class SamplingOverrides(Rewrite):
@@ -59,6 +59,8 @@ ERAS = (
         )
     ),
     (ONLINE_DPO, "__init__", ONLINE_DPO_MODES, END, SamplingSettingsOnce),
+    # It takes no vllm_sampling_params. What it calls guided decoding has another name in newer vLLM.
+    (GOLD, "_generate_on_policy_outputs_vllm", FIRST, "0.27", SamplingSettings),
     (DISTILLATION, "__init__", "1.10", END, SamplingOverrides),
     *((trainer, "__init__", FIRST, END, SamplingOverrides) for trainer in (SDFT, SDPO, SSD)),
 )

@@ -97,7 +97,7 @@ _GRPO, _DISTILLATION = f"{ENGINE}, inherited from GRPO", f"{ENGINE}, inherited f
 _REPLAY = "GRPOWithReplayBuffer"
 INHERITING = (
     Trainer("DPPO", "", _GRPO, (_own("dppo", "DPPO", "1.0", "1.9"),)),
-    Trainer("GFPO", "", _GRPO, (_own("gfpo", "GFPO", "0.24", "1.8"),)),
+    Trainer("GFPO", "", f"{_GRPO} (0.26 to 1.0: TRL's own does not run)", (_own("gfpo", "GFPO", "0.24", "1.8"),)),
     Trainer("GMPO", "", _GRPO, (_own("gmpo", "GMPO", "1.7"),)),
     Trainer("GRPO with replay buffer", "", _GRPO, (_own("grpo_with_replay_buffer", _REPLAY, "0.24", "1.14"),)),
     Trainer("GSPO-token", "", _GRPO, (Home("trl.experimental.gspo_token.grpo", "GRPO", "0.24", "1.14"),)),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # Tiny models on a CPU: more threads cost time, compilation even more, and nothing may be downloaded.
 for name, value in {
@@ -21,3 +24,16 @@ for name, value in {
 os.environ.pop("UNSLOTH_VLLM_STANDBY", None)
 # A shell's background job ignores Ctrl-C, and every process that it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def patched() -> Iterator[None]:
+    """TRL is patched while a file's tests run."""
+    import tiny
+
+    from patchfastrl import PatchFastRL, UnpatchFastRL
+
+    PatchFastRL()
+    yield
+    tiny.close_all()
+    UnpatchFastRL()

@@ -24,6 +24,7 @@ from patchfastrl.wheels import Package, Wheels, find, published
 
 GRPO, RLOO = "trl/trainer/grpo_trainer.py", "trl/trainer/rloo_trainer.py"
 CONFIG, ENGINE = "trl/trainer/grpo_config.py", "trl/generation/vllm_generation.py"
+OPENENV, GOLD = "trl/experimental/openenv/utils.py", "trl/experimental/gold/gold_trainer.py"
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,35 @@ CREATE = "args, peft_config, model_init_kwargs"
         ("0.27.2", GRPO, 'self.llm.collective_rpc("reload_weights")', None),
         ("0.28.0", ENGINE, 'self.llm.collective_rpc("reload_weights")', None),
         ("1.9.2", ENGINE, "except NotImplementedError:", None),
+        (
+            "0.26.2",
+            RLOO,
+            "prompts = [prepare_multimodal_messages_vllm(prompt) for prompt in prompts]",
+            "prompts = [prepare_multimodal_messages_vllm(prompt) for prompt in prompts] "
+            'if is_conversational({"prompt": prompts[0]}) else prompts',
+        ),
+        (
+            "0.25.0",
+            GOLD,
+            "max_completion_length = generation_config.max_completion_length",
+            "max_completion_length = generation_config.max_new_tokens",
+        ),
+        ("0.26.0", OPENENV, 'trainer.llm.collective_rpc("reload_weights")', None),
+        ("1.8.0", OPENENV, 'trainer.vllm_generation.llm.collective_rpc("reload_weights")', None),
+        (
+            "0.27.2",
+            OPENENV,
+            "vllm_outputs = trainer.llm.chat(prompts_for_generation, sampling_params=sampling_params, use_tqdm=False)",
+            "vllm_outputs = trainer.llm.chat(prompts_for_generation, sampling_params=sampling_params, use_tqdm=False, "
+            "lora_request=@lora_request(trainer.llm))",
+        ),
+        ("0.28.0", OPENENV, None, "lora_request=@lora_request(trainer.vllm_generation.llm))"),
+        (
+            "1.8.0",
+            OPENENV,
+            "generation_kwargs.update(trainer.args.generation_kwargs)",
+            "generation_kwargs.update(@sampling_overrides(trainer.args))",
+        ),
         ("0.21.0", RLOO, None, '@samples_by_itself(self, since="0.22.0")'),
         (
             "0.18.2",
@@ -147,7 +177,7 @@ def test_before_and_after(release: str, file: str, before: str | None, after: st
 @pytest.mark.parametrize("release", ["0.26.0", "0.27.2", "0.28.0", "0.29.0", "1.9.2"])
 def test_nothing_reloads_a_checkpoint(release: str, wheels: Wheels) -> None:
     root = published(release, wheels).root
-    for file in (GRPO, RLOO, ENGINE):
+    for file in (GRPO, RLOO, ENGINE, OPENENV):
         seams = [seam for seam in sources._declared(Version(release)) or [] if seam.file == file]
         if seams:
             text = rewrite(Source.read(seams[0].module, root / file, seams[0]), seams).text
@@ -169,6 +199,7 @@ def checkout(release: str, folder: Path, to: Path) -> Path:
 
 LLM = "                self.llm = LLM(\n"
 RPC = '                self.llm.collective_rpc("reload_weights")\n'
+ROLLOUT = '        trainer.vllm_generation.llm.collective_rpc("reload_weights")\n'
 SYNC = "    def _move_model_to_vllm(self):\n"
 TRY = "            except NotImplementedError:\n"
 # A seam of a release, its anchor in TRL's text, and the text with it deleted, renamed and duplicated.
@@ -204,6 +235,12 @@ MUTATIONS = [
         "                        self.llm.chat()\n",
     ),
     (("0.27.2", "grpo.reload", GRPO, RPC), ("", RPC.replace("reload", "restore")), RPC),
+    (("1.8.0", "openenv.reload", OPENENV, ROLLOUT), ("", ROLLOUT.replace("reload", "restore")), ROLLOUT),
+    (
+        ("0.26.0", "openenv.lora_request", OPENENV, "            vllm_outputs = trainer.llm.chat("),
+        ("            vllm_outputs = list(", "            vllm_outputs = trainer.engine.chat("),
+        "            trainer.llm.chat()\n",
+    ),
     (
         ("1.9.2", "engine.reload", ENGINE, TRY),
         ("            finally:\n", TRY.replace("Not", "Un")),

@@ -9,7 +9,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,13 @@ import stock
 import tiny
 import torch
 
-from patchfastrl import PatchFastRL, UnpatchFastRL, adapters, engine_report
+from patchfastrl import PatchFastRL, adapters, engine_report
 from patchfastrl.errors import AdapterError, PatchFastRLError
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("patched")]
 
 MIB = 2**20
 PROMPT = tiny.ids(24)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _patched() -> Iterator[None]:
-    PatchFastRL()
-    yield
-    close_all()
-    UnpatchFastRL()
-
-
-def close_all() -> None:
-    gc.collect()
-    from patchfastrl import engine
-
-    for llm in list(engine.live):
-        llm.close("the test is over.")
 
 
 def losses(trainer: Any) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,16 @@ def engine(model: Any, **kwargs: Any) -> Any:
     tok = kwargs.pop("tokenizer", None) or tokenizer()
     defaults = {"max_num_seqs": 8, "max_model_len": 256, "gpu_memory_utilization": 0.2}
     return module.build(model, tok, **{**defaults, "logprobs_mode": "processed_logprobs", **kwargs})
+
+
+def close_all() -> None:
+    """No engine stays open. (A trainer that is still referred to keeps its weights.)"""
+    from patchfastrl import engine as module
+
+    gc.unfreeze()  # vLLM freezes the heap when it builds an engine
+    gc.collect()
+    for llm in list(module.live):
+        llm.close("the test is over.")
 
 
 def lora(**settings: Any) -> Any:
