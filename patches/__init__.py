@@ -12,6 +12,7 @@ from . import (
     generate_call,
     load_policy,
     lora_request,
+    old_logprobs,
     own_sampling,
     publish_adapter,
     reload_weights,
@@ -30,6 +31,7 @@ SEAMS: tuple[Seam, ...] = (
     *lora_request.SEAMS,
     *reload_weights.SEAMS,
     *chat_template.SEAMS,
+    *old_logprobs.SEAMS,
     *generate_call.SEAMS,
     *own_sampling.SEAMS,
 )
