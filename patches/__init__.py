@@ -13,6 +13,7 @@ from . import (
     generate_call,
     load_policy,
     lora_request,
+    old_logprobs,
     openenv,
     own_sampling,
     publish_adapter,
@@ -34,6 +35,7 @@ SEAMS: tuple[Seam, ...] = (
     *openenv.SEAMS,
     *chat_template.SEAMS,
     *broken_paths.SEAMS,
+    *old_logprobs.SEAMS,
     *generate_call.SEAMS,
     *own_sampling.SEAMS,
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .compat import guided_decoding
 from .errors import UnsupportedError
+from .old_logprobs import old_logps_later, promise_old_logps, with_old_logps
 from .sampling import sampling_overrides
 
 if TYPE_CHECKING:
@@ -28,10 +29,13 @@ __all__ = [
     "generate",
     "load_model",
     "lora_request",
+    "old_logps_later",
+    "promise_old_logps",
     "publish",
     "samples_by_itself",
     "sampling_overrides",
     "sampling_params",
+    "with_old_logps",
 ]
 
 logger = logging.getLogger("patchfastrl")

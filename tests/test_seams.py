@@ -47,6 +47,7 @@ SPANS = {
     **{f"engine.{n}": ("0.28.0", None) for n in ("build", "publish", "lora_request")},
     **{f"{trainer}.reload": ("0.26.0", "0.28.0") for trainer in ("grpo", "rloo")},
     "engine.reload": ("0.28.0", "1.10.0"),
+    **{f"grpo.{n}": ("0.28.0", None) for n in ("old_logps", "loss_old_logps")},
     "grpo.chat_template": ("0.25.0", "0.26.0"),
     "rloo.chat_template": ("0.25.0", "0.27.0"),
     "rloo.text_prompts": ("0.25.0", "0.27.0"),
@@ -228,6 +229,15 @@ def _line(anchor: str, name: str) -> tuple[str, dict[str, str]]:
     return anchor, {"deleted": "\n", "renamed": anchor.replace(name, f"{name}_new"), "duplicated": anchor + anchor}
 
 
+MUTATIONS |= {
+    "old_logps": _line(
+        "        if self.use_vllm and self.vllm_importance_sampling_correction:\n"
+        '            output["importance_sampling_ratio"] = vllm_importance_sampling_ratio\n',
+        "importance_sampling_ratio",
+    ),
+    "loss_old_logps": _line('        old_per_token_logps = inputs.get("old_per_token_logps")\n', "inputs.get"),
+}
+
 # Where one trainer's text is another than GRPO's.
 OWN_MUTATIONS = {
     **{
@@ -360,7 +370,7 @@ def test_a_changed_anchor_stops_everything(
     seam, found, expected, message = refusal
     assert seam == name
     assert expected == SEAMS[name].count
-    assert found == (2 if kind == "duplicated" else 0)
+    assert found == SEAMS[name].count + (1 if kind == "duplicated" else -1)
     assert f"expected {expected} match(es) in {SEAMS[name].target}, found {found}" in str(message)
     assert str(metadata.version("trl")) in str(message)
     assert "Nothing was changed" in str(message)

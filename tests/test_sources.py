@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import subprocess
+import symtable
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -361,3 +362,21 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "exit code: 0" in printed
     assert "0 6 * * * patchfastrl check-source" in printed
+
+
+@pytest.mark.parametrize("release", [r for r in sources.RELEASES if Version(r) >= Version("0.28")])
+def test_statements_in_functions_of_their_own_see_what_they_need(release: str, wheels: Wheels) -> None:
+    """TRL's statements for the importance-sampling ratio: given their tensors, and not read by anything after them."""
+    root = published(release, wheels).root
+    seams = [seam for seam in sources._declared(Version(release)) or [] if seam.name == "grpo.old_logps"]
+    text = rewrite(Source.read(seams[0].module, root / GRPO, seams[0]), seams).text
+    (trainer,) = [t for t in symtable.symtable(text, GRPO, "exec").get_children() if t.get_name() == "GRPOTrainer"]
+    (method,) = [t for t in trainer.get_children() if t.get_name() == "_generate_and_score_completions"]
+    moved = {t.get_name(): t for t in method.get_children() if t.get_name().startswith("patchfastrl_")}
+    assert moved.keys() == {"patchfastrl_ratio", "patchfastrl_metrics"}
+    unbound = {s.get_name() for s in method.get_symbols() if s.is_global()}
+    for function in moved.values():
+        symbols = function.get_symbols()
+        assert {s.get_name() for s in symbols if s.is_free()} <= {"self", "mode", "device"}
+        assert not unbound & {s.get_name() for s in symbols if s.is_assigned()}
+        assert {s.get_name() for s in symbols if s.is_global()} <= {"torch", "math", "nanmin", "nanmax", "ValueError"}
