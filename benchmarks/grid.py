@@ -308,16 +308,17 @@ class Clock:
         self._now: dict[str, list[float]] = defaultdict(list)
         self.profile_step: int | None = None
         engine, llm = trainer.vllm_generation, trainer.vllm_generation.llm
-        self._wrap(trainer, "_generate_and_score_completions", "rollout")
+        kind = type(trainer)  # replaced on the instance they would look like somebody else's
+        self._wrap(kind, "_generate_and_score_completions", "rollout")
         self._wrap(llm, "generate", "generate")
         self._wrap(engine, "sync_weights", "weights")
         self._wrap(llm, "sleep", "standby")
         self._wrap(llm, "wake_up", "standby")
         if hasattr(llm, "publish"):
             self._wrap(llm, "publish", "weights")
-        self._wrap(trainer, "_get_per_token_logps_and_entropies", "logprobs", when="rollout")
-        self._wrap(trainer, "training_step", "training_step")
-        before, clock = trainer.training_step, self
+        self._wrap(kind, "_get_per_token_logps_and_entropies", "logprobs", when="rollout")
+        self._wrap(kind, "training_step", "training_step")
+        before, clock = kind.training_step, self
 
         @functools.wraps(before)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -325,7 +326,7 @@ class Clock:
                 return clock._profiled(lambda: before(*args, **kwargs))
             return before(*args, **kwargs)
 
-        trainer.training_step = counted
+        kind.training_step = counted
         from transformers import TrainerCallback
 
         class Steps(TrainerCallback):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchfastrl import FastLanguageModel, PatchFastRL, UnpatchFastRL, engine_report
+from patchfastrl import FastLanguageModel, PatchFastRL, engine_report
 from patchfastrl.checksum import checksum
 from patchfastrl.errors import AdapterError, SharingError, UnsupportedError
 from patchfastrl.sharing import base_parameters
@@ -18,10 +18,12 @@ from patchfastrl.sharing import base_parameters
 PROMPT = tiny.ids(16)
 
 
+pytestmark = pytest.mark.usefixtures("patched")
+
+
 @pytest.fixture(autouse=True)
-def as_before() -> Any:
-    yield
-    UnpatchFastRL()
+def with_the_default_settings(patched: None) -> None:
+    PatchFastRL()
 
 
 def quantised(nested: bool = True, dtype: torch.dtype = torch.float32, skip: list[str] | None = None) -> Any:
@@ -234,7 +236,6 @@ def test_the_audit_alters_packed_weights_too() -> None:
 
 
 def test_grpo_on_a_4_bit_model(tmp_path: Any) -> None:
-    PatchFastRL()
     from transformers import BitsAndBytesConfig
     from trl import GRPOTrainer
 
@@ -258,7 +259,6 @@ def test_grpo_on_a_4_bit_model(tmp_path: Any) -> None:
 
 
 def test_8_bit_is_refused_by_name(tmp_path: Any) -> None:
-    PatchFastRL()
     from transformers import BitsAndBytesConfig
     from trl import GRPOTrainer
 
