@@ -9,10 +9,10 @@ from . import (
     colocate_mode,
     config_field,
     configure_trainer,
+    elsewhere,
     generate_call,
     load_policy,
     lora_request,
-    own_sampling,
     publish_adapter,
     reload_weights,
     sampling_overrides,
@@ -31,5 +31,5 @@ SEAMS: tuple[Seam, ...] = (
     *reload_weights.SEAMS,
     *chat_template.SEAMS,
     *generate_call.SEAMS,
-    *own_sampling.SEAMS,
+    *elsewhere.SEAMS,
 )
