@@ -119,12 +119,15 @@ def _scores(model: nn.Module, sequences: torch.Tensor, mask: torch.Tensor, confi
     whole = torch.nn.functional.pad(mask, (0, sequences.shape[1] - start), value=True)
     positions = whole.long().cumsum(1) - whole.long()  # as TRL has them in its other passes
     output = model(input_ids=sequences, attention_mask=whole, position_ids=positions, use_cache=False)
-    process = base_of(model)._get_logits_processor(  # type: ignore[operator]
+    process = base_of(
+        model
+    )._get_logits_processor(  # type: ignore[operator]
         generation_config=config,
         input_ids_seq_length=start,
         encoder_input_ids=sequences[:, :start],
         prefix_allowed_tokens_fn=None,
         logits_processor=[],
+        model_kwargs={"attention_mask": mask},
     )
     ends = range(start, sequences.shape[1])
     return tuple(process(sequences[:, :end], output.logits[:, end - 1].float()) for end in ends)

@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cell import check, results  # which sets the environment up
-
+import cell  # before torch: it sets the environment up
 import tiny
 
 UPDATES, BATCH, NEW = 3, 4, 8
@@ -53,8 +52,8 @@ def scorer(seed: int) -> Any:
     import torch
     from transformers import Qwen2ForSequenceClassification
 
-    torch.manual_seed(seed)
-    config = tiny.model().config.__class__.from_dict({**tiny.model().config.to_dict(), "num_labels": 1})
+    config = tiny.model().config
+    config.num_labels = 1
     torch.manual_seed(seed)
     made = Qwen2ForSequenceClassification(config)
     with torch.no_grad():
@@ -125,7 +124,7 @@ def old_rloo(folder: Path, lora: bool) -> Any:
     args = config(
         RLOOConfig, folder, response_length=NEW, total_episodes=UPDATES * BATCH, num_mini_batches=1, num_ppo_epochs=2,
         local_rollout_forward_batch_size=2, stop_token="eos", temperature=0.7, missing_eos_penalty=1.0, rloo_k=2,
-        num_sample_generations=1,
+        num_sample_generations=1, learning_rate=1e-3,  # its gradients are large
     )  # fmt: skip
     policy = tiny.model()
     return RLOOTrainer(
@@ -169,8 +168,9 @@ def gkd(folder: Path, lora: bool) -> Any:
 def a2po(folder: Path, lora: bool) -> Any:
     trainer, made = classes("a2po", "A2PO")
     args = config(
-        made, folder, max_prompt_length=32, max_completion_length=NEW, num_value_samples=2, filter_all_incorrect=False
-    )
+        made, folder, max_prompt_length=32, max_completion_length=NEW, num_value_samples=2, filter_all_incorrect=False,
+        learning_rate=1.0,
+    )  # fmt: skip
 
     def even(completions: list[Any], **_: Any) -> list[float]:
         return [float(len(c) % 2) for c in completions]
@@ -247,7 +247,7 @@ def train(trainer: Any, lora: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def drawing(replaced: Callable[..., Any]) -> Iterator[None]:
-    """`torch.multinomial`, with which transformers draws its tokens, is another function. The engine does not use it."""
+    """`torch.multinomial`, with which transformers draws its tokens and the engine does not, is another function."""
     import torch
 
     before = torch.multinomial
@@ -304,7 +304,7 @@ def patched(key: str, mode: str, folder: Path) -> dict[str, Any]:
     llm, policy = trainer.llm, policy_of(trainer)
     ours = {p.untyped_storage().data_ptr() for n, p in policy.named_parameters() if "lora_" not in n}
     theirs = {p.untyped_storage().data_ptr() for p in llm.shared.engine_model.parameters()}
-    check(f"{name}: one storage", ours <= theirs, f"{len(llm.shared.plan.views)} parameters")
+    cell.check(f"{name}: one storage", ours <= theirs, f"{len(llm.shared.plan.views)} parameters")
     draws: list[list[int]] = []
     before, watch, draw = llm.shared.checksum(), Watch(llm, policy, draws), torch.multinomial
 
@@ -315,12 +315,14 @@ def patched(key: str, mode: str, folder: Path) -> dict[str, Any]:
 
     with drawing(recorded):
         found = train(trainer, lora)
-    check(f"{name}: trained", found["moved"] > 1e-4, f"{found['moved']:.1e}")
-    check(f"{name}: base {'unchanged' if lora else 'trained'}", (llm.shared.checksum() == before) == lora)
-    check(f"{name}: sampled from the current weights", len(watch.off) >= UPDATES and max(watch.off) < 1e-3, watch.off)
+    cell.check(f"{name}: trained", found["moved"] > 1e-4, f"{found['moved']:.1e}")
+    cell.check(f"{name}: base {'unchanged' if lora else 'trained'}", (llm.shared.checksum() == before) == lora)
+    cell.check(
+        f"{name}: sampled from the current weights", len(watch.off) >= UPDATES and max(watch.off) < 1e-3, watch.off
+    )
     if lora:
-        check(f"{name}: the adapter is applied", min(watch.apart) > 1e-2, watch.apart)
-        check(f"{name}: asleep after sampling", not llm.awake)
+        cell.check(f"{name}: the adapter is applied", min(watch.apart) > 1e-2, watch.apart)
+        cell.check(f"{name}: asleep after sampling", not llm.awake)
     del trainer, llm, policy, watch
     gc.unfreeze()
     gc.collect()
@@ -347,9 +349,11 @@ def stock(key: str, mode: str, folder: Path, draws: list[list[int]]) -> dict[str
 
 
 def compare(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    check(f"{name}: as many draws as stock TRL", theirs["left"] == 0, f"{len(ours['draws'])}, {theirs['left']} left")
+    cell.check(
+        f"{name}: as many draws as stock TRL", theirs["left"] == 0, f"{len(ours['draws'])}, {theirs['left']} left"
+    )
     keys = [[sorted(entry) for entry in run["logs"]] for run in (ours, theirs)]
-    check(f"{name}: stock TRL's log entries", keys[0] == keys[1], len(keys[0]))
+    cell.check(f"{name}: stock TRL's log entries", keys[0] == keys[1], len(keys[0]))
     worst, where, apart = 0.0, "", 0
     for entry, other in zip(ours["logs"], theirs["logs"], strict=True):
         for key, value in other.items():
@@ -357,12 +361,14 @@ def compare(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
                 excess = abs(entry[key] - value) / (CLOSE["abs"] + CLOSE["rel"] * abs(value))
                 apart += excess > 1
                 worst, where = max((worst, where), (excess, f"{key} {entry[key]} {value}"))
-    check(f"{name}: stock TRL's losses, KL and log-probabilities", apart == 0, f"{worst:.3f} of what may be: {where}")
+    cell.check(
+        f"{name}: stock TRL's losses, KL and log-probabilities", apart == 0, f"{worst:.3f} of what may be: {where}"
+    )
     off = max(float((ours["weights"][n] - w).abs().max()) for n, w in theirs["weights"].items())
-    check(f"{name}: stock TRL's weights", off < 1e-2 * ours["moved"], f"{off:.1e} of {ours['moved']:.1e}")
+    cell.check(f"{name}: stock TRL's weights", off < 1e-2 * ours["moved"], f"{off:.1e} of {ours['moved']:.1e}")
     if name in ("ppo full", "old_rloo full"):
         first = next(e["objective/kl"] for e in ours["logs"] if "objective/kl" in e)
-        check(f"{name}: the first KL is none", abs(first) < CLOSE["abs"], first)
+        cell.check(f"{name}: the first KL is none", abs(first) < CLOSE["abs"], first)
 
 
 def refusals(folder: Path) -> None:
@@ -377,10 +383,10 @@ def refusals(folder: Path) -> None:
                 MAKERS[key](folder, True, use_vllm=True)
             except UnsupportedError as error:
                 said = str(error)
-            check(f"{key}: use_vllm=True is refused", "never samples from" in said, said)
+            cell.check(f"{key}: use_vllm=True is refused", "never samples from" in said, said)
     PatchFastRL(use_vllm="keep")
     for key in keys:
-        check(f"{key}: use_vllm='keep' builds no engine", not hasattr(MAKERS[key](folder, False), "llm"))
+        cell.check(f"{key}: use_vllm='keep' builds no engine", not hasattr(MAKERS[key](folder, False), "llm"))
 
 
 def main() -> None:
@@ -400,7 +406,7 @@ def main() -> None:
     from patchfastrl.compat.support import PACKAGES
     from patchfastrl.compat.versions import installed
 
-    results["versions"] = {name: str(installed(name)) for name in PACKAGES}
+    cell.results["versions"] = {name: str(installed(name)) for name in PACKAGES}
     PatchFastRL()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -412,11 +418,12 @@ def main() -> None:
         theirs = torch.load(folder / "stock.pt")
         for run, ours in runs.items():
             compare(run, ours, theirs[run])
-    results["seconds"] = round(time.perf_counter() - start, 1)
+    checks, seconds = cell.results["checks"], round(time.perf_counter() - start, 1)
+    cell.results["seconds"] = seconds
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-    failed = [name for name, result in results["checks"].items() if not result["ok"]]
-    print(f"{len(results['checks']) - len(failed)} of {len(results['checks'])} checks passed in {results['seconds']} s")
+        options.json.write_text(json.dumps(cell.results, indent=1))
+    failed = [name for name, result in checks.items() if not result["ok"]]
+    print(f"{len(checks) - len(failed)} of {len(checks)} checks passed in {seconds} s")
     sys.exit(1 if failed else 0)
 
 
