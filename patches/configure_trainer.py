@@ -11,9 +11,27 @@ from patchfastrl.rewrite import Rewrite, at_start, reads, statement
 from patchfastrl.seam import Seam
 
 from .releases import END, FIRST, between, upstream
-from .trainers import A2PO, DISTILLATION, GKD, GOLD, GRPO, IW_OPD, ONLINE_DPO, RLOO, SDFT, SDPO, SSD, Trainer
+from .trainers import (
+    A2PO,
+    DISTILLATION,
+    GKD,
+    GOLD,
+    GRPO,
+    IW_OPD,
+    NASH_MD,
+    OLD_RLOO,
+    OLD_SDFT,
+    ONLINE_DPO,
+    PPO,
+    RLOO,
+    SDFT,
+    SDPO,
+    SSD,
+    XPO,
+    Trainer,
+)
 
-CONFIGURE = "args = @configure(self, args, model, {peft_config}{more})"
+CONFIGURE = "{args} = @configure(self, {args}, {model}, {peft_config}{more})"
 
 
 class ConfigureTrainer(Rewrite):
@@ -21,14 +39,16 @@ class ConfigureTrainer(Rewrite):
 
     Args:
         more: further arguments, with a comma in front.
-        peft_config: what the trainer was given to make an adapter with.
+        args, model, peft_config: what the trainer calls them; it is given the last one to make an adapter with.
     """
 
     words: tuple[str, ...] = ("args is None",)
 
-    def __init__(self, more: str = "", peft_config: str = "peft_config") -> None:
+    def __init__(
+        self, more: str = "", *, args: str = "args", model: str = "model", peft_config: str = "peft_config"
+    ) -> None:
         super().__init__()
-        self.statement = CONFIGURE.format(more=more, peft_config=peft_config)
+        self.statement = CONFIGURE.format(args=args, model=model, peft_config=peft_config, more=more)
 
     def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If | cst.FlattenSentinel[cst.BaseStatement]:
         # With an `else` it is RLOO's handling of a deprecated name, up to 0.24.
@@ -56,8 +76,12 @@ class ConfigureAtOnce(ConfigureTrainer):
 # The release that calls `rollout_func` in server mode only: in colocate mode it would forget it in silence.
 ROLLOUTS = functools.partial(ConfigureTrainer, ", server_only=rollout_func")
 PAIRS = functools.partial(ConfigureTrainer, ", completions=2")
-NO_ADAPTER = functools.partial(ConfigureTrainer, peft_config="None")
 LOADS_LATER = functools.partial(ConfigureAtOnce, ", loads_later=True")
+# No vLLM path of TRL's: nothing of it is turned on.
+BESIDE = functools.partial(ConfigureAtOnce, ", beside=True")
+BESIDE_NO_ADAPTER = functools.partial(ConfigureTrainer, ", beside=True", peft_config="None")
+BESIDE_LOADS_LATER = functools.partial(ConfigureAtOnce, ", loads_later=True, beside=True")
+BESIDE_POLICY = functools.partial(BESIDE, args="config", model="policy", peft_config="None")
 
 ERAS: tuple[tuple[Trainer, Callable[[], Rewrite], str, str], ...] = (
     (GRPO, ConfigureTrainer, FIRST, "0.25"),
@@ -66,8 +90,10 @@ ERAS: tuple[tuple[Trainer, Callable[[], Rewrite], str, str], ...] = (
     (RLOO, ConfigureTrainer, FIRST, END),
     (ONLINE_DPO, PAIRS, FIRST, END),
     (GOLD, LOADS_LATER, FIRST, END),
-    (GKD, LOADS_LATER, FIRST, END),
-    (A2PO, NO_ADAPTER, FIRST, END),
+    (A2PO, BESIDE_NO_ADAPTER, FIRST, END),
+    (PPO, BESIDE, FIRST, END),
+    (OLD_RLOO, BESIDE_POLICY, FIRST, END),
+    *((trainer, BESIDE_LOADS_LATER, FIRST, END) for trainer in (GKD, NASH_MD, XPO, OLD_SDFT)),
     *((trainer, ConfigureTrainer, FIRST, END) for trainer in (DISTILLATION, IW_OPD, SSD)),
     *((trainer, ConfigureAtOnce, FIRST, END) for trainer in (SDFT, SDPO)),
 )

@@ -108,22 +108,19 @@ INHERITING = (
 
 # No vLLM path in TRL: an engine beside them answers the `generate` calls for the model in training.
 _BESIDE = f"{ENGINE} beside the trainer, for the model in training (settings: `PatchFastRL(...)`)"
+_REFERENCE = f"{_BESIDE}; transformers for the reference"
+_MIXTURE = f"{_BESIDE}; transformers for the mixture with the reference"
+_SCORED = f"{_BESIDE}, whose own forward pass gives the log-probabilities"
 BESIDE = (
-    Trainer("A*-PO", "a2po", f"{_BESIDE}; transformers for the reference", (_own("a2po", "A2PO", "1.6"),)),
+    Trainer("A*-PO", "a2po", _REFERENCE, (_own("a2po", "A2PO", "1.6"),)),
     Trainer("GKD", "gkd", f"{_BESIDE}; transformers for the teacher", _moved("gkd", "GKD", "0.26")),
+    Trainer("Nash-MD", "nash_md", _MIXTURE, _moved("nash_md", "NashMD", "0.26", "1.14")),
+    Trainer("PPO", "ppo", _SCORED, _moved("ppo", "PPO", "0.26", "1.13")),
+    Trainer("RLOO, the older trainer", "old_rloo", _SCORED, (Home("trl.trainer.rloo", "RLOO", FIRST, "0.22"),)),
+    Trainer("SDFT, the older trainer", "old_sdft", _BESIDE, (_own("sdft", "SDFT", "1.0", "1.6"),)),
+    Trainer("XPO", "xpo", _REFERENCE, _moved("xpo", "XPO", "0.26", "1.14")),
 )
-A2PO, GKD = BESIDE
-
-# They sample from the very model in training, so from its current weights.
-_GENERATE = "transformers' `generate` from the model in training, as without PatchFastRL"
-_REFUSED = f"{_GENERATE}; `use_vllm=True` is refused"
-BY_THEMSELVES = (
-    Trainer("RLOO, the older trainer", "rloo", _GENERATE, (Home("trl.trainer.rloo", "RLOO", FIRST, "0.22"),)),
-    Trainer("Nash-MD", "nash_md", _REFUSED, _moved("nash_md", "NashMD", "0.26", "1.14")),
-    Trainer("PPO", "ppo", _GENERATE, _moved("ppo", "PPO", "0.26", "1.13")),
-    Trainer("SDFT, the older trainer", "sdft", _GENERATE, (_own("sdft", "SDFT", "1.0", "1.6"),)),
-    Trainer("XPO", "xpo", _REFUSED, _moved("xpo", "XPO", "0.26", "1.14")),
-)
+A2PO, GKD, NASH_MD, PPO, OLD_RLOO, OLD_SDFT, XPO = BESIDE
 
 _SERVER = "a vLLM server in another process, which PatchFastRL leaves alone"
 ELSEWHERE = (
@@ -133,7 +130,7 @@ ELSEWHERE = (
     ),
 )
 
-TRAINERS = (*SHARED, *INHERITING, *BESIDE, *BY_THEMSELVES, *ELSEWHERE)
+TRAINERS = (*SHARED, *INHERITING, *BESIDE, *ELSEWHERE)
 
 
 def markdown_table() -> str:

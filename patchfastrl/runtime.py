@@ -32,7 +32,7 @@ __all__ = [
     "old_logps_later",
     "promise_old_logps",
     "publish",
-    "samples_by_itself",
+    "samples_elsewhere",
     "sampling_overrides",
     "sampling_params",
     "with_old_logps",
@@ -44,7 +44,6 @@ STANDBY = "UNSLOTH_VLLM_STANDBY"
 
 # By identity: some of TRL's trainers cannot be hashed, and are equal to each other.
 _trainers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_alone: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # those that sample by themselves
 
 # TRL announces a process group of one in these for vLLM, and leaves them. The next trainer of the process would take
 # them for a launcher's, listen on the same port, and wrap its model for distributed training.
@@ -64,6 +63,7 @@ def configure(
     server_only: Any = None,
     completions: int = 1,
     loads_later: bool = False,
+    beside: bool = False,
 ) -> Any:
     """Turn vLLM on in `args` and refuse, before anything is allocated, what a shared engine cannot do.
 
@@ -71,19 +71,20 @@ def configure(
         server_only: the script's `rollout_func`, in a TRL release that would not call it in this process.
         completions: how many the trainer asks of the engine for each prompt.
         loads_later: a model named by a string is loaded by another class, from `args.model_init_kwargs`.
+        beside: TRL gave the trainer no vLLM path, so its engine stands beside it (`build_beside`).
     """
     from .install import settings
 
     _environment.update({name: os.environ.get(name) for name in _RENDEZVOUS})
     if args is None:
         return None  # TRL says by itself that it needs them
-    if id(trainer) in _alone:
-        if args.use_vllm:
-            raise UnsupportedError(
-                f"{type(trainer).__name__}: use_vllm=True builds an engine that this trainer never samples from. "
-                "Set use_vllm=False: it samples with transformers, from the model in training."
-            )
-        return args
+    if id(trainer) in _trainers:
+        return args  # Nash-MD and XPO are made by Online DPO's `__init__`, which asks again
+    if beside and getattr(args, "use_vllm", False):
+        raise UnsupportedError(
+            f"{type(trainer).__name__}: use_vllm=True asks TRL for an engine that this trainer never samples from. Set "
+            "use_vllm=False: PatchFastRL gives it one of its own."
+        )
     if not getattr(args, "use_vllm", False):
         if settings().use_vllm == "keep":
             if getattr(args, "vllm_sampling_params", None):
@@ -92,11 +93,11 @@ def configure(
         if getattr(args, "lmbda", None) == 0:
             return args  # distillation on the data set's own completions: nothing is sampled
         keep = "PatchFastRL(use_vllm='keep') leaves it alone."
-        if hasattr(args, "use_vllm"):
+        if beside:
+            logger.warning("PatchFastRL: %s samples from an engine; %s", type(trainer).__name__, keep)
+        else:
             logger.warning("PatchFastRL: use_vllm is on (the script leaves it off); %s", keep)
             args.use_vllm = True
-        else:
-            logger.warning("PatchFastRL: %s samples from an engine; %s", type(trainer).__name__, keep)
     if server_only is not None:
         raise UnsupportedError(
             "rollout_func: this TRL release calls it with vllm_mode='server' only, and the shared engine is not a "
@@ -113,7 +114,7 @@ def configure(
                 "PatchFastRL: the script asks for vllm_mode='server'; the engine runs in this process instead."
             )
         args.vllm_mode = "colocate"
-    if hasattr(args, "use_vllm") and (standby := standby_requested()) is not None:
+    if not beside and (standby := standby_requested()) is not None:
         _set_standby(args, standby)
     _refuse_unsupported(args, model, peft_config)
     sampling_overrides(args, completions)
@@ -233,27 +234,12 @@ def _shareable_kwargs(model: str, args: Any, peft_config: Any, kwargs: dict[str,
     return {**kwargs, dtype: "auto"}
 
 
-def samples_by_itself(trainer: Any, since: str | None = None, server: bool = False) -> None:
-    """Said by a trainer that the shared engine does not sample for, and that PatchFastRL leaves as it is.
-
-    Args:
-        since: the TRL release whose trainer of that name samples from the shared engine.
-        server: whether its completions come from a server in another process.
-    """
-    _alone[id(trainer)] = trainer
-    name = type(trainer).__name__
-    if server:
-        logger.warning(
-            "PatchFastRL: %s samples from a vLLM server in another process, as it does without PatchFastRL: that "
-            "server has a copy of the weights of its own.",
-            name,
-        )
-        return
+def samples_elsewhere(trainer: Any) -> None:
+    """Said by a trainer whose completions come from a server, and that PatchFastRL leaves as it is."""
     logger.warning(
-        "PatchFastRL: %s of this TRL release has no vLLM path. It samples with transformers, as it does without "
-        "PatchFastRL%s.",
-        name,
-        f"; from TRL {since} on it samples from the shared engine" if since else "",
+        "PatchFastRL: %s samples from a vLLM server in another process, as it does without PatchFastRL: that server "
+        "has a copy of the weights of its own.",
+        type(trainer).__name__,
     )
 
 
@@ -268,7 +254,7 @@ def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
         _restore_environment()
 
 
-def build_beside(trainer: Any, args: Any) -> None:
+def build_beside(trainer: Any, args: Any, model: nn.Module) -> None:
     """An engine for a trainer that knows of none: `generate` below samples from it."""
     if id(trainer) not in _trainers:
         return  # the script keeps it from vLLM, or nothing is sampled
@@ -277,8 +263,9 @@ def build_beside(trainer: Any, args: Any) -> None:
     from . import generation
     from .install import settings
 
-    kwargs = generation.engine_settings(args, trainer.model, settings(), bool(standby_requested()))
-    trainer.llm = build_engine(LLM, trainer, **kwargs)
+    kwargs = generation.engine_settings(trainer, args, model, settings(), bool(standby_requested()))
+    owner = types.SimpleNamespace(model=model, processing_class=trainer.processing_class, trainer=trainer)
+    trainer.llm = build_engine(LLM, owner, **kwargs)
     generation.engines.add(trainer.llm)
     if kwargs["enable_sleep_mode"]:
         trainer.llm.sleep()

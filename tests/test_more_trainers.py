@@ -148,6 +148,77 @@ def test_gkd_gets_what_transformers_would_give_it(tmp_path: Path, monkeypatch: p
     assert list(generation.engines) == [trainer.llm]
 
 
+def test_scores_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PPO and the older RLOO take the log-probabilities of their policy from them (tests/cell_generate.py)."""
+    import copy
+
+    from patchfastrl import runtime
+
+    trainer = make("GKD", tmp_path)
+    tiny.scramble(trainer.model)
+    config = copy.deepcopy(trainer.generation_config)
+    config.update(temperature=0.7, repetition_penalty=1.3, eos_token_id=list(range(3, 33)))
+    inputs = padded([tiny.ids(12), tiny.ids(5, start=40), tiny.ids(9, start=17)])
+    given = {
+        "input_ids": inputs["prompts"],
+        "attention_mask": inputs["prompt_attention_mask"],
+        "generation_config": config,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    watch = Watch(trainer)
+    ours = runtime.generate(trainer.model, **given)
+    assert len(watch.off) == 1
+    draws = list(ours.sequences[:, 12:].T)
+    assert 0 in draws[-1]  # a completion ended early, and was padded
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: draws.pop(0)[:, None])
+    theirs = trainer.model.generate(**given)
+    assert draws == []
+    assert torch.equal(ours.sequences, theirs.sequences)
+    mine, stock = (torch.stack(made.scores, 1) for made in (ours, theirs))
+    assert (mine.dtype, mine.shape) == (stock.dtype, stock.shape)
+    assert (mine - stock).abs().max() < 1e-4
+    assert (mine * 0.7 - stock).abs().max() > 1e-1  # the temperature is in them
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str)
+def test_a_cut_off_leaves_no_log_probability(cut: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    from patchfastrl.generation import sampling_params
+
+    config = GenerationConfig(do_sample=True, max_new_tokens=8, **{"top_k": 0, "top_p": 1.0, "temperature": 1.0, **cut})
+    (name,) = cut
+    assert getattr(sampling_params(config), name) == cut[name]
+    with pytest.raises(UnsupportedError, match=rf"generation_config\.{name}={cut[name]}.*log-probabilities from it"):
+        sampling_params(config, scored=True)
+
+
+def test_an_engine_for_prompts_of_any_length() -> None:
+    """PPO and the older RLOO say how long a response may be, and nothing about prompts."""
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+
+    from patchfastrl import install
+    from patchfastrl.generation import engine_settings
+
+    data = Dataset.from_dict({"input_ids": [[1] * 9, [2] * 5]})
+    args = SimpleNamespace(
+        response_length=53, local_rollout_forward_batch_size=64, per_device_train_batch_size=2, seed=7
+    )
+    made = []
+    for longer in (None, Dataset.from_dict({"input_ids": [[3] * 20]}), Dataset.from_dict({"text": ["a"]})):
+        trainer = SimpleNamespace(train_dataset=data, eval_dataset=longer)
+        made.append(engine_settings(trainer, args, tiny.model(), install.Settings(), standby=False))
+    assert [settings["max_model_len"] for settings in made] == [62, 73, 62]
+    assert {settings["max_num_seqs"] for settings in made} == {64}
+    texts = SimpleNamespace(train_dataset=Dataset.from_dict({"text": ["a"]}), eval_dataset=None)
+    for wanted, length in ((None, 256), (99, 99)):  # what the model can, or what the script says
+        settings = install.Settings(max_model_length=wanted)
+        assert engine_settings(texts, args, tiny.model(), settings, standby=False)["max_model_len"] == length
+
+
 @pytest.mark.parametrize("settings", [{"use_vllm": "keep"}, {"lmbda": 0.0}], ids=str)
 def test_gkd_that_keeps_to_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
     keep = settings.pop("use_vllm", "force")

@@ -11,9 +11,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 from packaging.version import Version
 
-from patchfastrl import install, runtime
+from patchfastrl import PatchFastRL, UnpatchFastRL, install, runtime
 from patchfastrl.compat import cpu_rms_norm, guided_decoding, request_ids
 from patchfastrl.errors import UnsupportedError
 from patchfastrl.interrupts import between_steps
@@ -89,30 +90,34 @@ def test_the_precision_goes_by_the_name_of_its_time(name: str) -> None:
     assert given == {"use_cache": False}
 
 
-class Alone:
+class Trainer:
     pass
 
 
-def test_a_trainer_without_a_vllm_path_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trainer_that_samples_elsewhere_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "patchfastrl"):
-        runtime.samples_by_itself(Alone())
-        assert caplog.text.count("has no vLLM path") == 1
-        assert "from TRL" not in caplog.text
-        runtime.samples_by_itself(Alone(), since="0.22.0")
-        assert "from TRL 0.22.0 on" in caplog.text
-        runtime.samples_by_itself(Alone(), server=True)
-        assert "a vLLM server in another process" in caplog.text
+        runtime.samples_elsewhere(Trainer())
+    assert "Trainer samples from a vLLM server in another process" in caplog.text
 
 
-def test_a_trainer_that_inherits_vllm_and_never_samples_from_it() -> None:
-    """Nash-MD and XPO are made by Online DPO's `__init__`."""
-    trainer = Alone()
-    runtime.samples_by_itself(trainer)
-    args = SimpleNamespace(use_vllm=False)
-    assert runtime.configure(trainer, args, "a/model", None) is args
-    assert not args.use_vllm
-    with pytest.raises(UnsupportedError, match=r"Alone: use_vllm=True builds an engine that this trainer never"):
-        runtime.configure(trainer, SimpleNamespace(use_vllm=True), "a/model", None)
+@pytest.mark.parametrize("keep", ["force", "keep"])
+def test_a_trainer_that_inherits_vllm_and_never_samples_from_it(keep: Any) -> None:
+    """Nash-MD and XPO are made by Online DPO's `__init__`, the older SDFT's configuration has the field."""
+    PatchFastRL(use_vllm=keep)
+    try:
+        with pytest.raises(UnsupportedError, match=r"Trainer: use_vllm=True asks TRL for an engine that this trainer"):
+            runtime.configure(Trainer(), SimpleNamespace(use_vllm=True), "a/model", None, beside=True)
+    finally:
+        UnpatchFastRL()
+
+
+def test_a_trainer_is_configured_once(tmp_path: Path) -> None:
+    """Online DPO's `__init__` asks for its own settings when Nash-MD and XPO have had theirs."""
+    args = tiny.config(tmp_path, "GRPO", max_steps=1)
+    trainer = Trainer()
+    for more in ({"beside": True}, {"completions": 2}):
+        assert runtime.configure(trainer, args, "a/model", None, **more) is args
+        assert args.use_vllm is False
 
 
 def test_the_report_of_a_trainer_that_owns_its_engine() -> None:

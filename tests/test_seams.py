@@ -52,7 +52,6 @@ SPANS = {
     "rloo.chat_template": ("0.25.0", "0.27.0"),
     "rloo.text_prompts": ("0.25.0", "0.27.0"),
     "gold.completion_length": ("0.25.0", "0.26.0"),
-    "rloo.legacy": ("0.18.0", "0.22.0"),
     **{f"online_dpo.{n}": ("0.18.0", None) for n in ("configure", "build", "publish", "lora_request")},
     **{f"online_dpo.{n}": ("0.23.0", None) for n in ("trainer_mode", "sampling_overrides", "config_field")},
     "online_dpo.load_model": ("0.20.0", None),
@@ -73,11 +72,16 @@ SPANS = {
     **{f"gkd.{n}": ("0.18.0", None) for n in ("configure", "build", "generate")},
     **{f"a2po.{n}": ("1.6.0", None) for n in ("configure", "build", "generate")},
     **{f"openenv.{n}": ("0.26.0", "1.9.0") for n in ("lora_request", "reload", "sampling_overrides")},
-    "ppo.alone": ("0.18.0", "1.13.0"),
-    "sdft.legacy": ("1.0.0", "1.6.0"),
-    **{f"{trainer}.alone": ("0.18.0", "1.14.0") for trainer in ("nash_md", "xpo")},
-    "async_grpo.alone": ("1.0.0", None),
-    "async_distillation.alone": ("1.11.0", None),
+    **{f"ppo.{n}": ("0.18.0", "1.13.0") for n in ("configure", "build", "generate")},
+    **{f"old_rloo.{n}": ("0.18.0", "0.22.0") for n in ("configure", "build")},  # it samples through PPO's function
+    **{f"old_sdft.{n}": ("1.0.0", "1.6.0") for n in ("configure", "build", "generate")},
+    **{
+        f"{trainer}.{n}": ("0.18.0", "1.14.0")
+        for trainer in ("nash_md", "xpo")
+        for n in ("configure", "build", "generate")
+    },
+    "async_grpo.elsewhere": ("1.0.0", None),
+    "async_distillation.elsewhere": ("1.11.0", None),
 }
 
 
@@ -247,8 +251,8 @@ OWN_MUTATIONS = {
             ("gkd", "configure", "GKD"),
             ("sdft", "configure", "SDFT"),
             ("sdpo", "configure", "SDPO"),
-            ("async_grpo", "alone", "AsyncGRPO"),
-            ("async_distillation", "alone", "AsyncDistillation"),
+            ("async_grpo", "elsewhere", "AsyncGRPO"),
+            ("async_distillation", "elsewhere", "AsyncDistillation"),
         )
     },
     "online_dpo.load_model": _line(

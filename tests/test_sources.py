@@ -73,6 +73,9 @@ def changes(release: str, file: str, wheels: Wheels) -> list[str]:
     return [f"{line[0]} {line[2:].strip()}" for line in compared if line[0] in "+-" and "#" not in line]
 
 
+UTILS, PPO = "trl/trainer/utils.py", "trl/experimental/ppo/ppo_trainer.py"
+SDFT, XPO = "trl/experimental/sdft/sdft_trainer.py", "trl/experimental/xpo/xpo_trainer.py"
+NASH_MD, BESIDE = "trl/experimental/nash_md/nash_md_trainer.py", "loads_later=True, beside=True"
 CREATE = "args, peft_config, model_init_kwargs"
 
 
@@ -160,7 +163,26 @@ CREATE = "args, peft_config, model_init_kwargs"
             "generation_kwargs.update(trainer.args.generation_kwargs)",
             "generation_kwargs.update(@sampling_overrides(trainer.args))",
         ),
-        ("0.21.0", RLOO, None, '@samples_by_itself(self, since="0.22.0")'),
+        ("0.18.2", UTILS, "output = lm_backbone.generate(", "output = @generate("),
+        ("0.26.2", UTILS, None, "lm_backbone,"),
+        ("0.27.0", PPO, "output = lm_backbone.generate(", "output = @generate("),
+        ("0.21.0", RLOO, None, "config = @configure(self, config, policy, None, beside=True)"),
+        ("0.21.0", RLOO, None, "@build_beside(self, args, self.model)"),
+        ("1.12.0", PPO, None, "args = @configure(self, args, model, peft_config, beside=True)"),
+        ("1.12.0", PPO, None, "@build_beside(self, args, self.policy_model)"),
+        ("1.5.1", SDFT, None, "@build_beside(self, args, self.model)"),
+        (
+            "1.5.1",
+            SDFT,
+            "prompt_completion_ids = unwrapped_model.generate(",
+            "prompt_completion_ids = @generate(",
+        ),
+        ("1.13.0", NASH_MD, None, f"args = @configure(self, args, model, peft_config, {BESIDE})"),
+        ("1.13.0", NASH_MD, None, "@build_beside(self, args, self.model)"),
+        ("1.13.0", NASH_MD, "model_output = unwrapped_policy_for_gen_ctx.generate(", "model_output = @generate("),
+        ("1.13.0", XPO, None, f"args = @configure(self, args, model, peft_config, {BESIDE})"),
+        ("1.13.0", XPO, None, "@build_beside(self, args, self.model)"),
+        ("1.13.0", XPO, "model_output = unwrapped_policy_model_for_gen.generate(", "model_output = @generate("),
         (
             "0.18.2",
             CONFIG,
@@ -203,6 +225,9 @@ RPC = '                self.llm.collective_rpc("reload_weights")\n'
 ROLLOUT = '        trainer.vllm_generation.llm.collective_rpc("reload_weights")\n'
 SYNC = "    def _move_model_to_vllm(self):\n"
 TRY = "            except NotImplementedError:\n"
+REWARD = "            self.reward_model = self.reward_model.to(self.accelerator.device)\n"
+DRAW = "    output = lm_backbone.generate(\n"
+MIX = "            model_output = unwrapped_policy_for_gen_ctx.generate(\n"
 # A seam of a release, its anchor in TRL's text, and the text with it deleted, renamed and duplicated.
 MUTATIONS = [
     (
@@ -246,6 +271,24 @@ MUTATIONS = [
         ("1.9.2", "engine.reload", ENGINE, TRY),
         ("            finally:\n", TRY.replace("Not", "Un")),
         f"{TRY}                0\n",
+    ),
+    *(
+        (
+            (release, "ppo.generate", file, DRAW),
+            (DRAW.replace("lm_backbone.generate", "dict"), DRAW.replace("lm_backbone", "policy")),
+            "    lm_backbone.generate()\n",
+        )
+        for release, file in (("0.26.2", UTILS), ("1.12.0", PPO))
+    ),
+    (
+        ("1.12.0", "ppo.build", PPO, REWARD),
+        (REWARD.replace("self.reward_model.to", "dict"), REWARD.replace("accelerator", "args")),
+        REWARD,
+    ),
+    (
+        ("1.13.0", "nash_md.generate", NASH_MD, MIX),
+        (MIX.replace("unwrapped_policy_for_gen_ctx.generate", "dict"), MIX.replace("_for_gen_ctx", "")),
+        "            unwrapped_policy_for_gen_ctx.generate()\n",
     ),
     (
         ("1.16.0", "grpo.config_field", CONFIG, "    vllm_gpu_memory_utilization: float = field(\n"),
@@ -319,7 +362,7 @@ def test_wheels_are_kept_and_named_wheels_are_read(
     (wheel,) = folder.glob("trl-0.24.0-*.whl")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched once more"))
     assert main(["check-source", "0.24.0", str(wheel), "--wheels", str(folder)]) == 0
-    assert capsys.readouterr().out == "trl 0.24.0: ok, 32 seams\n" * 2
+    assert capsys.readouterr().out == "trl 0.24.0: ok, 38 seams\n" * 2
 
 
 @pytest.mark.parametrize(
