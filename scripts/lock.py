@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "requirements"
 PYTHONS = ("3.11", "3.12", "3.13")
 # Besides the row: what TRL and a cell of the matrix use; what the demo and the tests use.
 ALSO = ["datasets", "libcst", "packaging", "rich", "setuptools>=77", "uv"]
-TESTS = ["hypothesis", "matplotlib", "mypy", "nox", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+TESTS = ["bitsandbytes", "hypothesis", "matplotlib", "mypy", "nox", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 # vLLM's CPU build asks for these four. They are CUDA builds on the registry: with that torchvision transformers does
 # not import, and triton is a gigabyte for nothing.
 NEVER_ON_CPU = ["torchvision", "torchaudio", "torchcodec", "triton"]
@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
             lock = _resolve(row, ALSO, row.python[:1], for_uv, f"torch=={row.torch}")
         else:
             row, file = newest("cpu" if name == "cpu" else "cuda"), FOLDER / f"{name}.txt"
-            lock = _resolve(row, ALSO + TESTS, PYTHONS, for_uv)
+            kernels = ["liger-kernel"] if name == "gpu" else []
+            lock = _resolve(row, ALSO + TESTS + kernels, PYTHONS, for_uv)
         head = f"# Written by scripts/lock.py for TRL {row.trl} with vLLM {row.vllm}; complete, install with --no-deps."
         file.write_text("\n".join([head, *lock]) + "\n", encoding="utf-8")
         print(f"{file}: {len(lock)} packages")
