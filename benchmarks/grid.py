@@ -250,6 +250,7 @@ def in_4_bits(model: Any) -> Any:
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
 
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=model.dtype)  # fmt: skip
@@ -266,6 +267,7 @@ def in_4_bits(model: Any) -> Any:
     model.config.quantization_config = settings
     model.is_quantized = model.is_loaded_in_4bit = True
     model.quantization_method = settings.quant_method
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings)
     return model
 
 

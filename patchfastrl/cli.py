@@ -66,6 +66,20 @@ exit code: 0, 1 when a seam cannot be shown on this installation, 2 for a name t
 """
 
 
+_PLAN = """\
+Prints what a run will have in the device's memory while it samples and while it trains, before it
+starts: weights, adapter, gradients, optimizer, KV cache, activations. Of MODEL (a folder, or a name
+on the hub) only the configuration is read. Activations are an upper bound.
+
+exit code: 0 when it fits; 1 when it does not, with the settings that would.
+"""
+
+_PLAN_EXAMPLES = """\
+examples:
+  patchfastrl plan Qwen/Qwen2.5-7B-Instruct --tokens 4096 --standby
+  patchfastrl plan ./model --method qlora --rank 64 --share 0.95 --standby --memory 80
+"""
+
 _CHECK_SOURCE = """\
 Rewrites and compiles TRL's source as PatchFastRL() would, and counts what each seam matches. TRL is
 not imported and need not be installed: a VERSION is fetched with `pip download`, a WHEEL or a
@@ -113,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"patchfastrl {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="{run,doctor,show,check-source}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{run,doctor,show,plan,check-source}", required=True)
 
     def command(name: str, run: Command, help: str, **texts: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
@@ -145,6 +159,25 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("seam", nargs="?", help="only this one; --list prints the names")
     show.add_argument("--list", action="store_true", help="each seam's name, its target and why it exists")
 
+    plan = command(
+        "plan",
+        _plan,
+        "print the memory that a run will need",
+        description=_PLAN,
+        epilog=_PLAN_EXAMPLES,
+    )
+    plan.add_argument("model", metavar="MODEL", help="a folder with a config.json, or a name on the hub")
+    plan.add_argument("--method", choices=["lora", "qlora", "full"], default="lora", help="default: lora")
+    plan.add_argument("--rank", type=int, default=32, help="of the adapter, on all linear layers (default: 32)")
+    plan.add_argument("--tokens", type=int, default=2048, help="of a prompt and its completion (default: 2048)")
+    plan.add_argument("--micro-batch", type=int, default=8, help="per_device_train_batch_size (default: 8)")
+    plan.add_argument("--share", type=float, default=0.3, help="vllm_gpu_memory_utilization (default: 0.3)")
+    plan.add_argument("--standby", action="store_true", help="with UNSLOTH_VLLM_STANDBY=1")
+    plan.add_argument("--adapter", action="store_true", help="rollouts='adapter': nothing is merged into a copy")
+    plan.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
+    plan.add_argument("--float8-kv-cache", action="store_true", help="KV cache in 8 bits")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="of the device (default: what this machine's has)")
+
     check = command(
         "check-source",
         _check_source,
@@ -156,6 +189,28 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--all", action="store_true", help="every release that the seams are declared for")
     check.add_argument("--wheels", metavar="FOLDER", help="keep fetched wheels here, and use those that lie here")
     return parser
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from . import memory, plan
+
+    run = plan.Run(
+        method=arguments.method,
+        tokens=arguments.tokens,
+        micro_batch=arguments.micro_batch,
+        share=arguments.share,
+        standby=arguments.standby,
+        merged=not arguments.adapter,
+        checkpointing=not arguments.no_checkpointing,
+        float8_kv_cache=arguments.float8_kv_cache,
+    )
+    shape = plan.shape_of_name(arguments.model, arguments.rank)
+    device = int(arguments.memory * 2**30) if arguments.memory else memory.device_bytes()
+    print(f"{arguments.model}: {shape.parameters / 1e9:.2f} billion parameters, {arguments.method}")
+    print("\n".join(plan.budget(shape, run, device).lines()))
+    wrong = plan.problem(shape, run, device)
+    print(wrong or "It fits.")
+    return 1 if wrong else 0
 
 
 def _run(arguments: argparse.Namespace) -> int:

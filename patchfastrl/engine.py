@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
-from . import adapters, guards, install, memory, rollouts, sharing, training
+from . import adapters, guards, install, memory, plan, rollouts, sharing, training
 from .audit import audit
 from .compat import (
     cpu_experts,
@@ -154,12 +154,15 @@ def brought_along(model: nn.Module, wanted: dict[str, Any]) -> SharedLLM | None:
     return llm
 
 
-def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None, **kwargs: Any) -> SharedLLM:
+def build(
+    model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None, args: Any = None, **kwargs: Any
+) -> SharedLLM:
     """Build the engine round `model` and make the two share one copy of the base weights.
 
     Args:
         model: model in training, on the device that vLLM runs on; with adapters (PEFT) the engine gets a LoRA slot.
         tokenizer: tokenizer or processor, or None (then only token ids go in and come out).
+        args: the trainer's configuration, for the byte budget; None: not known.
         max_lora_rank: rank of the LoRA slot; None: the largest rank in `model`, no slot for a model without adapters.
         **kwargs: arguments of `vllm.LLM`. What sharing decides is decided here: model, dtype, load format, LoRA
         settings.
@@ -185,6 +188,11 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
     merging = False
     if max_lora_rank is not None or isinstance(model, PeftModel):
         copied, merging = rollouts.merged(model, dtype, sleep_mode, kwargs)
+    shape, run = plan.of_trainer(model, args, {**kwargs, "enable_sleep_mode": sleep_mode}, merging)
+    if not on_cpu and (wrong := plan.problem(shape, run, memory.device_bytes(), estimated=False)):
+        raise UnsupportedError(wrong)
+    parts = plan.budget(shape, run, memory.device_bytes()).lines()
+    logger.log(logging.INFO if on_cpu else logging.WARNING, "\n".join(["PatchFastRL: memory, at most", *parts]))
     if max_lora_rank is None and isinstance(model, PeftModel) and not merging:
         max_lora_rank = adapters.slot_rank(model)
     if max_lora_rank is not None:
@@ -200,10 +208,10 @@ def build(model: nn.Module, tokenizer: Any, *, max_lora_rank: int | None = None,
     made: dict[str, Any] = {}
 
     def on_load(engine_model: nn.Module) -> None:
-        plan = sharing.make_plan(engine_model, model, cast, copied)
+        layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
-        sharing.materialise(engine_model, model, plan, home, made.get("own_memory", contextlib.nullcontext))
-        made["shared"] = sharing.Shared.of(model, engine_model, plan)
+        sharing.materialise(engine_model, model, layout, home, made.get("own_memory", contextlib.nullcontext))
+        made["shared"] = sharing.Shared.of(model, engine_model, layout)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
 

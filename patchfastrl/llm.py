@@ -224,6 +224,7 @@ class SharedLLM(LLM):
         if tags is not None and not {"kv_cache", "scheduling"} & set(tags):
             return
         with self._timed("wake"), uninterrupted():
+            memory.return_cached()
             if self.llm_engine.engine_core.is_sleeping():
                 super().wake_up(None)  # all tags: vLLM stays asleep until each has been woken
             if self._standby is not None and not self._standby.resident:

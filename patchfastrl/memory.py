@@ -38,6 +38,12 @@ def collect_rarely(wanted: bool) -> None:
         _threshold = None
 
 
+def return_cached() -> None:
+    """Give the memory that torch keeps from training back to the device, for the engine to map its own."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def return_freed() -> None:
     """Give the pages of freed host memory back to the operating system: glibc keeps them for later allocations."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries keep nothing, or have no such call

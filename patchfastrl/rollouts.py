@@ -35,25 +35,25 @@ def merged(model: nn.Module, dtype: torch.dtype, sleep_mode: bool, engine: dict[
     """
     wanted = settings().rollouts
     parameters = base_parameters(model)
-    names = _changed_by_adapters(model) & parameters.keys()
     packed = {name for name, p in parameters.items() if quant_state(p) is not None}
+    on_gpu = not current_platform.is_cpu()
+    if not packed and (wanted == "adapter" or (wanted is None and not (on_gpu and sleep_mode))):
+        return set(), False
+    names = _changed_by_adapters(model) & parameters.keys() if wanted != "adapter" else set()
     needed = sum(shape_of(parameters[name]).numel() for name in names | packed) * dtype.itemsize
     one, sequences, _ = memory.kv_cache_of(base_of(model).config, dtype, {"max_num_seqs": _USUAL_BATCH} | engine)
     share = engine.get("gpu_memory_utilization") or 0.9
     limit = int(memory.device_bytes() * share)
-    if wanted is None and not packed:
-        on_gpu = not current_platform.is_cpu()
-        use = on_gpu and sleep_mode and needed + sequences * one + _HEADROOM <= limit
-    else:
-        use = bool(packed) or wanted == "merged"
-        if use and needed + one > limit:
-            raise UnsupportedError(
-                f"{'4-bit weights are unpacked' if packed else 'Merged weights are copied'} for the engine while it "
-                f"samples: {memory.gib(needed)}, and {memory.gib(one)} of KV cache for one sequence. The engine's "
-                f"share ({share:.0%} of the memory) is {memory.gib(limit)}. Raise vllm_gpu_memory_utilization"
-                + ("." if packed else ", or PatchFastRL(rollouts='adapter').")
-            )
-    return (names if use else set()), use
+    if wanted is None and not packed and needed + sequences * one + _HEADROOM > limit:
+        return set(), False
+    if needed + one > limit:
+        raise UnsupportedError(
+            f"{'4-bit weights are unpacked' if packed else 'Merged weights are copied'} for the engine while it "
+            f"samples: {memory.gib(needed)}, and {memory.gib(one)} of KV cache for one sequence. The engine's "
+            f"share ({share:.0%} of the memory) is {memory.gib(limit)}. Raise vllm_gpu_memory_utilization"
+            + ("." if packed else ", or PatchFastRL(rollouts='adapter').")
+        )
+    return names, wanted != "adapter"
 
 
 def _changed_by_adapters(model: nn.Module) -> set[str]:

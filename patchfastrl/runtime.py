@@ -294,7 +294,8 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
 
     if llm_class is not LLM:
         raise UnsupportedError(f"TRL's `LLM` is {llm_class!r}, not vLLM's class: another library has replaced it.")
-    if not any(_builds_for(owner, trainer) for trainer in _trainers.values()):
+    trainer = next((trainer for trainer in _trainers.values() if _builds_for(owner, trainer)), None)
+    if trainer is None:
         raise UnsupportedError(
             f"Something other than a trainer that PatchFastRL knows asks for vLLM through {type(owner).__name__}. It "
             "is not supported: set use_vllm=False, or leave PatchFastRL() out."
@@ -308,7 +309,8 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
     if _environment.get("MASTER_PORT") is None:
         os.environ["MASTER_PORT"] = str(_free_port())  # TRL's choice is one of four, which others start with as well
     ready = engine.brought_along(owner.model, kwargs)
-    return ready or engine.build(owner.model, owner.processing_class, **kwargs)
+    args = getattr(trainer, "args", None)
+    return ready or engine.build(owner.model, owner.processing_class, args=args, **kwargs)
 
 
 def _builds_for(owner: Any, trainer: Any) -> bool:

@@ -1,0 +1,259 @@
+"""The byte budget of a run: what lies in the device's memory while sampling and while training, before any of it does.
+
+Counted exactly: weights, adapter, gradients, the optimizer's state, the engine's own weights. Estimated: activations
+(an upper bound for one micro-step of a decoder), and a fixed head-room for CUDA, its libraries and graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .errors import UnsupportedError
+from .memory import gib
+
+Method = Literal["lora", "qlora", "full"]
+
+HEADROOM = 3 * 2**30  # bytes: CUDA's context, cuBLAS, the engine's graphs, fragmentation
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: packed values, nested scales, scales of the scales
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the budget needs to know of a model. All are numbers of elements, but for `itemsize` (bytes)."""
+
+    parameters: int
+    linear: int  # in the layers' linear weights, which adapters change and QLoRA packs
+    adapter: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    cache: int  # of the KV cache, for one token
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked for. `tokens`: of a prompt and its completion. `micro_batch`: sequences in a micro-step."""
+
+    method: Method
+    tokens: int
+    micro_batch: int
+    share: float
+    standby: bool
+    merged: bool = True
+    checkpointing: bool = True
+    float8_kv_cache: bool = False
+    optimizer_bytes: int = 8  # a trained parameter: AdamW in float32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes, by what they are for. `sampling` and `training` are the parts that are resident in each phase."""
+
+    device: int
+    sampling: dict[str, int]
+    training: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(sum(self.sampling.values()), sum(self.training.values()))
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.device
+
+    def lines(self) -> list[str]:
+        names = dict.fromkeys([*self.sampling, *self.training])
+        width = max(map(len, names))
+        rows = [f"  {'':{width}}  {'sampling':>11}  {'training':>11}"]
+        for name in names:
+            cells = [gib(part[name]) if part.get(name) else "-" for part in (self.sampling, self.training)]
+            rows.append(f"  {name:{width}}  {cells[0]:>11}  {cells[1]:>11}")
+        sums = [gib(sum(part.values())) for part in (self.sampling, self.training)]
+        rows.append(f"  {'in all':{width}}  {sums[0]:>11}  {sums[1]:>11}  of {gib(self.device)}")
+        return rows
+
+
+def budget(shape: Shape, run: Run, device: int) -> Budget:
+    """The budget of a run on a device of `device` bytes."""
+    size = shape.itemsize
+    weights = shape.parameters * size
+    if run.method == "qlora":
+        weights = (shape.parameters - shape.linear) * size + int(shape.linear * _NF4)
+    trained = shape.parameters if run.method == "full" else shape.adapter
+    each = size if run.method == "full" else 4  # PEFT keeps adapters in float32
+    states = {
+        "weights, shared": weights,
+        "adapter": 0 if run.method == "full" else trained * 4,
+        "gradients": trained * each,
+        "optimizer": trained * min(run.optimizer_bytes, 2 * each),
+    }
+    engine = int(device * run.share)
+    own = shape.linear * size if run.method == "qlora" or (run.method == "lora" and run.merged) else 0
+    cache = max(engine - own - HEADROOM // 2, 0)
+    of_engine = {"engine's own weights": own, "KV cache": cache}
+    standing = {} if run.standby else of_engine
+    sampling = {**states, "gradients": 0, **of_engine, "head-room": HEADROOM}
+    training = {**states, **standing, "activations": _activations(shape, run), "head-room": HEADROOM}
+    return Budget(device, sampling, training)
+
+
+def _activations(shape: Shape, run: Run) -> int:
+    """Upper bound for one micro-step: what is kept of each layer, what one layer computes with, and the logits."""
+    tokens = run.micro_batch * run.tokens
+    layer = tokens * (10 * shape.hidden + 5 * shape.intermediate) * shape.itemsize
+    kept = tokens * shape.hidden * shape.itemsize if run.checkpointing else layer
+    logits = tokens * shape.vocabulary * (2 * shape.itemsize + 4)  # as computed, as scaled, their gradient
+    return shape.layers * kept + max(3 * layer, logits)
+
+
+def one_sequence(shape: Shape, run: Run) -> int:
+    """Bytes of the KV cache that one full sequence needs."""
+    return shape.cache * run.tokens * (1 if run.float8_kv_cache else shape.itemsize)
+
+
+def problem(shape: Shape, run: Run, device: int, estimated: bool = True) -> str | None:
+    """Why the run cannot work, and the settings that would; None if it can.
+
+    Args:
+        estimated: False leaves the activations out, which are an upper bound: what is left cannot work for certain.
+    """
+    found = budget(shape, run, device)
+    if not estimated:
+        found = replace(found, training={**found.training, "activations": 0})
+    cache = found.sampling["KV cache"]
+    if cache < one_sequence(shape, run):
+        needed = (one_sequence(shape, run) + found.sampling["engine's own weights"] + HEADROOM // 2) / found.device
+        return (
+            f"The engine's share ({run.share:.0%}) leaves {gib(cache)} for the KV cache, and one sequence of "
+            f"{run.tokens} tokens needs {gib(one_sequence(shape, run))}. "
+            + _first_that_fits(shape, run, device, share=min(round(needed + 0.01, 2), 0.95))
+        )
+    if not found.fits:
+        return f"{gib(found.peak)} are needed and the device has {gib(device)}. " + _first_that_fits(shape, run, device)
+    return None
+
+
+def _fits(shape: Shape, run: Run, device: int) -> bool:
+    found = budget(shape, run, device)
+    return found.fits and found.sampling["KV cache"] >= one_sequence(shape, run)
+
+
+def _first_that_fits(shape: Shape, run: Run, device: int, share: float | None = None) -> str:
+    """The smallest change of the settings with which the run fits."""
+    resident = run.method == "lora" and run.merged
+    steps: list[tuple[str, dict[str, Any]]] = [
+        *([(f"vllm_gpu_memory_utilization={share}", {"share": share})] if share is not None else []),
+        ("UNSLOTH_VLLM_STANDBY=1 (standby)", {"standby": True}),
+        ("gradient_checkpointing=True", {"checkpointing": True}),
+        *([("PatchFastRL(rollouts='adapter')", {"merged": False})] if resident else []),
+        ("per_device_train_batch_size=1 (with more gradient accumulation)", {"micro_batch": 1}),
+        *(
+            (f"vllm_gpu_memory_utilization={part / 20}", {"share": part / 20})
+            for part in range(int(run.share * 20), 1, -1)
+        ),
+        *([("load_in_4bit=True (QLoRA)", {"method": "qlora"})] if run.method == "lora" else []),
+    ]
+    changed, asked = run, {}  # the words, by the setting that they are about
+    for words, setting in steps:
+        if all(getattr(changed, name) == value for name, value in setting.items()):
+            continue
+        changed, asked = replace(changed, **setting), {**asked, tuple(setting): words}
+        if _fits(shape, changed, device):
+            return f"This fits: {', '.join(asked.values())}."
+    longest = run.tokens
+    while longest > 64:
+        longest //= 2
+        if _fits(shape, replace(changed, tokens=longest), device):
+            return f"This fits: {', '.join([*asked.values(), f'sequences of {longest} tokens'])}."
+    return "No setting makes it fit: the model is too large for this device."
+
+
+def shape_of_model(model: Any, rank: int | None) -> Shape:
+    """The shape of a model, which may be on the meta device.
+
+    Args:
+        rank: of an adapter on all linear layers that is still to be made; None: the model's own, or none.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    from . import packed
+    from .sharing import base_of, base_parameters, dtype_of
+
+    base = base_of(model)
+    text = base.config.get_text_config()
+    head = base.get_output_embeddings()
+    inside = {id(m) for layer in base.modules() if isinstance(layer, LoraLayer) for m in layer.modules()}
+    inside -= {id(layer.base_layer) for layer in base.modules() if isinstance(layer, LoraLayer)}
+    linear = [m for m in base.modules() if isinstance(m, nn.Linear) and m is not head and id(m) not in inside]
+    weights = [(m.in_features, m.out_features) for m in linear]
+    existing = sum(p.numel() for p in model.parameters() if p.requires_grad) if rank is None else 0
+    parameters = base_parameters(model)
+    dtype = dtype_of(model)
+    attention = getattr(text, "num_attention_heads", None) or 0
+    # Without attention, with compressed or with windowed caches vLLM alone knows what a sequence needs.
+    counted = attention and not getattr(text, "kv_lora_rank", None) and not getattr(text, "sliding_window", None)
+    heads = getattr(text, "num_key_value_heads", None) or attention
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(attention, 1)
+    return Shape(
+        parameters=sum(packed.shape_of(p).numel() for p in parameters.values()),
+        linear=sum(i * o for i, o in weights),
+        adapter=existing if rank is None else sum(rank * (i + o) for i, o in weights),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        cache=2 * text.num_hidden_layers * heads * head_dim if counted else 0,
+        itemsize=2 if dtype == torch.float32 and next(iter(parameters.values())).is_meta else dtype.itemsize,
+    )
+
+
+def shape_of_name(name: str, rank: int) -> Shape:
+    """The shape of a model of which only the configuration is read.
+
+    Raises:
+        UnsupportedError: there is no such model, or it is no causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(f"plan: {name} cannot be read as a causal language model: {error}") from error
+    return shape_of_model(model, rank)
+
+
+def of_trainer(model: Any, args: Any, engine: dict[str, Any], merged: bool) -> tuple[Shape, Run]:
+    """What a trainer is about to do.
+
+    Args:
+        args: its configuration.
+        engine: `vllm.LLM` arguments.
+        merged: whether the adapter is merged into weights of the engine's own.
+    """
+    from peft import PeftModel
+
+    from . import packed
+    from .sharing import base_parameters
+
+    shape = shape_of_model(model, None)
+    quantised = any(packed.quant_state(p) is not None for p in base_parameters(model).values())
+    run = Run(
+        method="qlora" if quantised else "lora" if isinstance(model, PeftModel) else "full",
+        tokens=engine.get("max_model_len") or 2048,
+        micro_batch=getattr(args, "per_device_train_batch_size", 8),
+        share=engine.get("gpu_memory_utilization") or 0.9,
+        standby=bool(engine.get("enable_sleep_mode")),
+        merged=merged,
+        checkpointing=bool(getattr(args, "gradient_checkpointing", True)),
+        float8_kv_cache=str(engine.get("kv_cache_dtype", "")).startswith("fp8"),
+        optimizer_bytes=2 if "8bit" in str(getattr(args, "optim", "")) else 8,
+    )
+    return shape, run

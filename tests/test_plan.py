@@ -1,0 +1,108 @@
+"""The byte budget: exact where it can be, refused with the settings that would work."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patchfastrl import cli, plan
+from patchfastrl.memory import gib
+
+GIB = 2**30
+EIGHT = plan.Shape(
+    parameters=8_030_261_248, linear=6_979_321_856, adapter=83_886_080, layers=32, hidden=4096, intermediate=14336,
+    vocabulary=128256, cache=2 * 32 * 8 * 128,
+)  # fmt: skip
+RUN = plan.Run(method="lora", tokens=576, micro_batch=8, share=0.3, standby=True)
+
+
+def test_the_parts_of_an_8b_model() -> None:
+    found = plan.budget(EIGHT, RUN, 140 * GIB)
+    assert gib(found.sampling["weights, shared"]) == "14.96 GiB"
+    assert gib(found.sampling["engine's own weights"]) == "13.00 GiB"
+    assert found.training["optimizer"] == 8 * EIGHT.adapter
+    assert "KV cache" not in found.training
+    assert found.fits
+    assert plan.problem(EIGHT, RUN, 140 * GIB) is None
+    packed = plan.budget(EIGHT, replace(RUN, method="qlora"), 140 * GIB)
+    assert 5 < packed.training["weights, shared"] / GIB < 5.6
+    full = plan.budget(EIGHT, replace(RUN, method="full"), 140 * GIB)
+    assert full.training["gradients"] == 2 * EIGHT.parameters
+    assert full.training["optimizer"] == 4 * EIGHT.parameters
+    assert full.sampling["engine's own weights"] == 0
+
+
+def test_without_standby_the_cache_stays() -> None:
+    found = plan.budget(EIGHT, replace(RUN, standby=False), 140 * GIB)
+    assert found.training["KV cache"] == found.sampling["KV cache"] > 0
+
+
+@given(
+    device=st.integers(16, 200),
+    tokens=st.sampled_from([512, 4096, 65536]),
+    micro_batch=st.sampled_from([1, 8, 64]),
+    share=st.sampled_from([0.1, 0.3, 0.6, 0.95]),
+    standby=st.booleans(),
+    checkpointing=st.booleans(),
+    method=st.sampled_from(["lora", "qlora", "full"]),
+)
+def test_what_is_proposed_does_fit(device: int, **settings: Any) -> None:
+    run = replace(RUN, **settings)
+    wrong = plan.problem(EIGHT, run, device * GIB)
+    found = plan.budget(EIGHT, run, device * GIB)
+    enough = found.sampling["KV cache"] >= plan.one_sequence(EIGHT, run)
+    assert (wrong is None) == (found.fits and enough)
+    if wrong is None or "No setting" in wrong:
+        return
+    assert "This fits" in wrong
+    if "standby" in wrong:
+        run = replace(run, standby=True)
+    if "gradient_checkpointing" in wrong:
+        run = replace(run, checkpointing=True)
+    if "rollouts='adapter'" in wrong:
+        run = replace(run, merged=False)
+    if "batch_size=1" in wrong:
+        run = replace(run, micro_batch=1)
+    if asked := re.search(r"utilization=([0-9.]+[0-9])", wrong):
+        run = replace(run, share=float(asked[1]))
+    if "load_in_4bit" in wrong:
+        run = replace(run, method="qlora")
+    if asked := re.search(r"sequences of (\d+)", wrong):
+        run = replace(run, tokens=int(asked[1]))
+    assert plan.problem(EIGHT, run, device * GIB) is None, wrong
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_shape_is_the_models(wrapped: bool) -> None:
+    model = tiny.model("qwen2")
+    numbers = sum(p.numel() for p in model.parameters())
+    linear = sum(
+        p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "head" not in n
+    )
+    if wrapped:
+        model = tiny.adapted(model, r=4)
+    shape = plan.shape_of_model(model, None if wrapped else 4)
+    assert (shape.parameters, shape.linear) == (numbers, linear)
+    assert shape.adapter == sum(
+        p.numel() for n, p in tiny.adapted(tiny.model("qwen2"), r=4).named_parameters() if "lora" in n
+    )
+    assert shape.itemsize == 4
+
+
+def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # only the configuration is read
+    assert cli.main(["plan", path, "--tokens", "64", "--standby", "--memory", "80", "--share", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "weights, shared" in said
+    assert "It fits." in said
+    assert cli.main(["plan", path, "--tokens", "64", "--memory", "1", "--share", "0.5"]) == 1
+    assert "No setting makes it fit" in capsys.readouterr().out
+    assert cli.main(["plan", str(tmp_path / "nothing")]) == 1
+    assert "nothing" in capsys.readouterr().err
