@@ -110,11 +110,12 @@ INHERITING = (
 _BESIDE = f"{ENGINE} beside the trainer, for the model in training (settings: `PatchFastRL(...)`)"
 _REFERENCE = f"{_BESIDE}; transformers for the reference"
 _MIXTURE = f"{_BESIDE}; transformers for the mixture with the reference"
+_OLD_MIXTURE = " (which in 0.18 does not run with transformers 4.57, in stock TRL either)"
 _SCORED = f"{_BESIDE}, whose own forward pass gives the log-probabilities"
 BESIDE = (
     Trainer("A*-PO", "a2po", _REFERENCE, (_own("a2po", "A2PO", "1.6"),)),
     Trainer("GKD", "gkd", f"{_BESIDE}; transformers for the teacher", _moved("gkd", "GKD", "0.26")),
-    Trainer("Nash-MD", "nash_md", _MIXTURE, _moved("nash_md", "NashMD", "0.26", "1.14")),
+    Trainer("Nash-MD", "nash_md", f"{_MIXTURE}{_OLD_MIXTURE}", _moved("nash_md", "NashMD", "0.26", "1.14")),
     Trainer("PPO", "ppo", _SCORED, _moved("ppo", "PPO", "0.26", "1.13")),
     Trainer("RLOO, the older trainer", "old_rloo", _SCORED, (Home("trl.trainer.rloo", "RLOO", FIRST, "0.22"),)),
     Trainer("SDFT, the older trainer", "old_sdft", _BESIDE, (_own("sdft", "SDFT", "1.0", "1.6"),)),

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from .trace import storage_key
 
-_SMALL = 16 * 2**20  # bytes: storages up to this size are read together
+_SMALL = 16 * 2**20  # bytes
 
 
 @torch.no_grad()
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
     """Changes when any byte of the tensors' storages does, or when they change places."""
     storages = {storage_key(t): _bytes_of(t) for t in tensors}
-    large = [s for s in storages.values() if s.numel() > _SMALL]
-    small = [s for s in storages.values() if s.numel() <= _SMALL]
-    if small:  # thousands of adapter tensors in one go: their sizes are part of the number
-        large.append(torch.cat([_padded(s) for s in small]))
-    digests = [_digest_on_gpu(s) if s.is_cuda else _digest(s) for s in large]
+    digests = [_digest_on_gpu(data) if data.is_cuda else _digest(data) for data in _together(storages.values())]
     values = torch.stack(digests).tolist() if digests else []
     return hash((*(s.numel() for s in storages.values()), *values))
+
+
+def _together(storages: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """On a GPU, small storages one behind the other, up to `_SMALL` bytes at a time: an adapter has hundreds."""
+    waiting: list[torch.Tensor] = []
+    for data in storages:
+        if waiting and sum(map(torch.numel, waiting)) + data.numel() > _SMALL:
+            yield torch.cat(waiting)
+            waiting = []
+        if data.numel() > _SMALL or not data.is_cuda:
+            yield data
+        else:
+            waiting.append(_padded(data))
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

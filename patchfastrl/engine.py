@@ -74,7 +74,8 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
         placed: whether the model is where it will train, so that its device can be checked too.
     """
     base = base_of(model)
-    if (config := getattr(base.config, "quantization_config", None)) is not None:
+    config = getattr(base.config, "quantization_config", None)
+    if config is not None or getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
         refuse_quantization(config)
     known = ModelRegistry.get_supported_archs()
     if not {type(base).__name__, *(base.config.architectures or ())} & set(known):
@@ -96,6 +97,8 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
 def refuse_quantization(config: Any) -> None:
     """Raises UnsupportedError unless it is bitsandbytes' 4-bit, which an engine can be filled from."""
     if isinstance(config, BitsAndBytesConfig) and config.load_in_4bit:
+        return
+    if isinstance(config, dict) and config.get("load_in_4bit"):
         return
     raise UnsupportedError(
         f"{type(config).__name__} ({getattr(config, 'quant_method', 'unknown')}): of quantised models only "

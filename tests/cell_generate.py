@@ -204,6 +204,16 @@ INHERITS_USE_VLLM = ("nash_md", "xpo", "old_sdft")
 chosen: list[str] = []  # by name, on the command line
 
 
+def mixture_generates() -> bool:
+    """TRL 0.18's mixture lacks an attribute that the `generate` of transformers 4.57 reads: stock fails as well."""
+    from transformers import GenerationMixin
+    from trl.models import modeling_base
+
+    found = getattr(modeling_base, "GeometricMixtureWrapper", None)  # elsewhere in later releases
+    needed = "_is_stateful" in inspect.getsource(GenerationMixin)
+    return found is None or not needed or hasattr(found, "_is_stateful")
+
+
 def cases() -> list[tuple[str, str]]:
     """Every trainer that the installed release has, in each of its modes."""
     from packaging.version import Version
@@ -214,6 +224,9 @@ def cases() -> list[tuple[str, str]]:
     here = installed("trl")
     assert here is not None
     keys = [t.key for t in BESIDE if Version(t.first) <= here < Version(t.end) and t.key in (chosen or MAKERS)]
+    if "nash_md" in keys and not mixture_generates():
+        print("     Nash-MD: TRL's own mixture does not generate with this transformers")
+        keys.remove("nash_md")
     return [(key, mode) for key in keys for mode in MODES if (key, mode) != ("a2po", "lora")]  # it makes no adapters
 
 

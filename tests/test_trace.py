@@ -63,7 +63,7 @@ def assert_shares(shapes: dict, loaders: dict, trainer: Trainer) -> None:
     engine = Engine(shapes, loaders, device="meta")
     plan = make_plan(engine, trainer)
     assert all(p.is_meta for p in engine.parameters())
-    materialise(engine, trainer, plan, torch.device("cpu"), share=True)
+    materialise(engine, trainer, plan, torch.device("cpu"))
     for name, parameter in engine.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     homes = {storage_key(p) for p in engine.parameters()}
@@ -262,7 +262,7 @@ def test_tied_and_padded(rows: int, columns: int, padding: int) -> None:
     tied.head = tied.embed
     engine = TiedEngine(shapes, loaders, device="meta")
     plan = make_plan(engine, tied)
-    materialise(engine, tied, plan, torch.device("cpu"), share=True)
+    materialise(engine, tied, plan, torch.device("cpu"))
     assert engine.head is engine.embed
     assert tied.head is tied.embed
     assert storage_key(tied.head) == storage_key(engine.head)
