@@ -44,7 +44,7 @@ def main() -> None:
 
 def memory(results: dict[str, Any], file: Path) -> None:
     """The driver's memory through the third and the fourth step."""
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for side, result in results.items():
         starts = [start for phase, start, _ in result["spans"] if phase == "rollout"]
         begin, end = starts[2], starts[4] if len(starts) > 4 else result["spans"][-1][2]
@@ -60,7 +60,7 @@ def memory(results: dict[str, Any], file: Path) -> None:
 
 def phases(results: dict[str, Any], file: Path) -> None:
     """A step's seconds, by phase."""
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.6 * len(results)))
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.6 * len(results)), layout="constrained")
     names = list(results)
     left = [0.0] * len(names)
     for key, label, unit in PARTS:
@@ -80,8 +80,7 @@ def phases(results: dict[str, Any], file: Path) -> None:
 def _finish(figure: Any, axes: Any, results: dict[str, Any], file: Path) -> None:
     one = next(iter(results.values()))
     axes.set_title(f"{one['model']} {one['method']}, {one['completions']} x {one['tokens']} tokens", fontsize=10)
-    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22))
-    figure.tight_layout()
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

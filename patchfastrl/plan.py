@@ -156,7 +156,8 @@ def _first_that_fits(shape: Shape, run: Run, device: int, share: float | None = 
         ),
         *([("load_in_4bit=True (QLoRA)", {"method": "qlora"})] if run.method == "lora" else []),
     ]
-    changed, asked = run, {}  # the words, by the setting that they are about
+    changed = run
+    asked: dict[tuple[str, ...], str] = {}  # the words, by the setting that they are about
     for words, setting in steps:
         if all(getattr(changed, name) == value for name, value in setting.items()):
             continue
