@@ -212,7 +212,7 @@ def test_nothing_reloads_a_checkpoint(release: str, wheels: Wheels) -> None:
 
 def checkout(release: str, folder: Path, to: Path) -> Path:
     """A checkout of TRL, as far as seams look at it."""
-    with zipfile.ZipFile(next(folder.glob(f"trl-{release}-*.whl"))) as archive:
+    with Wheels(folder) as wheels, zipfile.ZipFile(wheels.release(release)) as archive:
         archive.extractall(
             to, [name for name in archive.namelist() if name.startswith(("trl/trainer", "trl/gen", "trl/exp"))]
         )
