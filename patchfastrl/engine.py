@@ -43,6 +43,7 @@ from .errors import UnsupportedError
 from .llm import SharedLLM, live
 from .packed import quant_state
 from .sharing import base_of, base_parameters, dtype_of
+from .slot import Slot
 
 logger = logging.getLogger("patchfastrl")
 
@@ -245,7 +246,7 @@ def build(
         llm.copies = Copies(llm.shared, merges=False)
         llm.copies.merges = merging and llm.copies.hold_all_of(model)
     if max_lora_rank is not None:
-        llm.slot = adapters.Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
+        llm.slot = Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
     if on_cpu:
         llm._standby = cpu_standby.install(llm.worker, llm.copies.storages() if llm.copies is not None else [])
     _fuse(model)

@@ -18,6 +18,7 @@ from .compat import cpu_standby, prefix_cache, request_ids
 from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
+from .slot import Slot
 from .structure import looked_at_once
 
 CURRENT: Any = object()  # default of `lora_request`: the adapter in training
@@ -35,7 +36,7 @@ class SharedLLM(LLM):
 
     # Set by `engine.build`.
     shared: sharing.Shared
-    slot: adapters.Slot | None
+    slot: Slot | None
     copies: Copies | None
     merging: bool  # whether an adapter is to be merged, if the copies hold all that it changes
     can_sleep: bool
@@ -264,7 +265,7 @@ class SharedLLM(LLM):
         if self.copies is not None:
             self.copies.merges = self.merging and self.copies.hold_all_of(model)
         if self.slot is not None:
-            self.slot = adapters.Slot(self.model_runner.lora_manager, model, self.shared.plan)
+            self.slot = Slot(self.model_runner.lora_manager, model, self.shared.plan)
 
     def require_slot(self, rank: int) -> None:
         """Raises UnsupportedError unless the engine serves adapters of `rank`."""

@@ -1,0 +1,233 @@
+"""The adapter in training, served from the engine's LoRA slot: device to device, no file, no merge.
+
+The slot is one row of vLLM's stacked LoRA tensors. Which rows belong to which of the trainer's modules follows from the
+plan of the shared weights: `q_proj.weight` is rows 0 to n of `qkv_proj.weight`, so `q_proj`'s `lora_B` goes to the
+slices that make up these rows. `publish` copies the live tensors in when they differ from what the slot holds;
+`check` compares the two again right before a batch, so that a missing, partial or stale adapter cannot be sampled
+from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import ADAPTER_ID, ADAPTER_PATH, Adapter, active_adapter, adapters_of, publishing
+from .compat import lora_model
+from .errors import AdapterError, UnsupportedError
+from .sharing import Plan
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one slice of an adapter lives: engine module, slice number, rows of `lora_B`."""
+
+    adapter: Adapter
+    layer: Any
+    slice: int
+    rows: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Views of one row of the slot's memory.
+
+    `adapter`: in the order of the layout, lora_A's (rank, in), then lora_B's (rows, rank). `outside`: the rest of what
+    vLLM's kernels read.
+    """
+
+    adapter: list[torch.Tensor]
+    outside: list[torch.Tensor]
+
+
+class Slot:
+    """The engine's one LoRA slot.
+
+    Args:
+        lora_manager: vLLM's worker-side manager (`model_runner.lora_manager`).
+        model: PEFT model in training.
+        plan: where the base weights lie.
+    """
+
+    def __init__(self, lora_manager: Any, model: nn.Module, plan: Plan) -> None:
+        self._manager = lora_manager._adapter_manager
+        self._model = model
+        self._plan = plan
+        self._adapter: str | None = None
+        self._places: list[_Place] = []
+        self._views: dict[int, _Views] = {}
+        self.version = 0
+
+    # Layout ---------------------------------------------------------------------------------------------------------
+
+    def _locate(self, adapter: Adapter) -> list[_Place]:
+        if f"{adapter.module}.weight" not in self._plan.views:
+            raise UnsupportedError(
+                f"{adapter.module} is tied to another weight, so an adapter on it cannot be served. Take it out of "
+                "target_modules."
+            )
+        destination, view = self._plan.views[f"{adapter.module}.weight"]
+        path = destination.removesuffix(".weight")
+        layer = self._manager.modules.get(path)
+        if layer is None or not hasattr(layer, "lora_b_stacked") or layer.lora_b_stacked[0].dim() != 4:
+            raise UnsupportedError(
+                f"vLLM cannot serve an adapter on {adapter.module} (its {path} takes none). Take it out of "
+                "target_modules."
+            )
+        out_features, in_features = view.size
+        rank, limit = adapter.a.shape[0], layer.lora_a_stacked[0].shape[2]
+        if rank > limit:
+            raise UnsupportedError(
+                f"{adapter.module} has rank {rank}, the engine's slot holds {limit}. Build the engine with "
+                f"max_lora_rank={rank} or more."
+            )
+        if view.stride != (in_features, 1) or view.offset % in_features:
+            raise UnsupportedError(f"The engine holds {adapter.module} transposed; an adapter on it cannot be served.")
+        first, last = view.offset // in_features, view.offset // in_features + out_features
+        places, start = [], 0
+        for number, stacked in enumerate(layer.lora_b_stacked):
+            end = start + stacked.shape[2]
+            if first <= start and end <= last:
+                places.append(_Place(adapter, layer, number, (start - first, end - first)))
+            elif start < last and first < end:
+                raise UnsupportedError(f"The engine's slices of {path} cut through {adapter.module}.")
+            start = end
+        if sum(p.rows[1] - p.rows[0] for p in places) != out_features:
+            raise UnsupportedError(f"The engine's slot for {path} does not cover all of {adapter.module}.")
+        return places
+
+    def _layout(self) -> bool:
+        """Find the places of the active adapter. Returns whether they are new."""
+        name = active_adapter(self._model)
+        if name is None:
+            raise AdapterError("The model's adapters are disabled: there is no adapter to publish.")
+        if name == self._adapter and not any(p.adapter.replaced for p in self._places):
+            return False
+        self._places = [p for a in adapters_of(self._model, name) for p in self._locate(a)]
+        self._views = {}
+        self._adapter = name
+        return True
+
+    def _held(self, index: int) -> _Views:
+        """Views of the slot's memory in row `index` of the stacked tensors."""
+        if index not in self._views:
+            ranks = [p.adapter.a.shape[0] for p in self._places]
+            a = [p.layer.lora_a_stacked[p.slice][index, 0, :r, :] for p, r in zip(self._places, ranks, strict=True)]
+            b = [p.layer.lora_b_stacked[p.slice][index, 0, :, :r] for p, r in zip(self._places, ranks, strict=True)]
+            self._views[index] = _Views(a + b, self._outside(index))
+        return self._views[index]
+
+    def _live(self, held: _Views) -> list[torch.Tensor]:
+        """What the slot should hold, in the slot's dtype; vLLM wants the scaling inside lora_B."""
+        a = [p.adapter.a.detach() for p in self._places]
+        b = [p.adapter.b.detach()[p.rows[0] : p.rows[1]] for p in self._places]
+        b = list(torch._foreach_mul(b, [p.adapter.scaling for p in self._places]))
+        live = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in held.adapter]
+        torch._foreach_copy_(live, a + b)
+        return live
+
+    # Publishing -----------------------------------------------------------------------------------------------------
+
+    def _index(self) -> int | None:
+        """Row of the stacked tensors that vLLM maps our id to; None when the slot is not resident."""
+        manager = self._manager
+        if ADAPTER_ID not in manager.list_adapters() or ADAPTER_ID not in manager.lora_index_to_id:
+            return None
+        return manager.lora_index_to_id.index(ADAPTER_ID)
+
+    def _make_resident(self) -> int:
+        manager = self._manager
+        manager.remove_adapter(ADAPTER_ID)
+        if len(manager) >= manager.capacity:
+            manager.remove_oldest_adapter()
+        # An adapter without tensors, which `add_adapter` would not take: activating it zeroes every layer's row.
+        rank = manager.lora_config.max_lora_rank
+        manager._registered_adapters[ADAPTER_ID] = lora_model.without_tensors(ADAPTER_ID, rank)
+        manager.activate_adapter(ADAPTER_ID)
+        index = self._index()
+        if index is None:
+            raise AdapterError("vLLM did not take the adapter slot.")
+        return index
+
+    @torch.no_grad()
+    def publish(self) -> bool:
+        """Bring the slot up to date. Returns whether anything had to be copied."""
+        if not publishing():
+            if self._index() is None:
+                self._make_resident()
+            return False
+        moved = self._layout()
+        index = self._index()
+        if index is not None and not moved and self._differs(index) is None:
+            return False
+        # Grows first: interrupted after the copy, the new values must not pass under the name of the old prefixes.
+        self.version += 1
+        if index is None or moved or self._has_leftovers(index):
+            index = self._make_resident()
+        held = self._held(index)
+        torch._foreach_copy_(held.adapter, self._live(held))
+        if (problem := self._differs(index)) is not None:
+            raise AdapterError(f"The adapter cannot be published: {problem}.")
+        return True
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise unless the slot holds the adapter exactly as it is in the trainer now."""
+        if not publishing():
+            return
+        if self.version == 0:
+            raise AdapterError("No adapter has been published yet: sampling now would use the base model.")
+        index = self._index()
+        if index is None:
+            raise AdapterError(
+                "The adapter is missing from the engine's slot: something removed it. Publish it again "
+                "(trainer: sync_weights(); model: fast_generate does it)."
+            )
+        moved = self._layout()
+        if (problem := "another adapter was made active" if moved else self._differs(index)) is not None:
+            raise AdapterError(
+                f"The adapter in the engine's slot is not the one in training: {problem}. Publish it before sampling "
+                "(trainer: sync_weights(); model: fast_generate does it)."
+            )
+
+    def _differs(self, index: int) -> str | None:
+        """Why the slot's content is not the live adapter's; None when it is, bit for bit."""
+        held = self._held(index)
+        live = self._live(held)
+        distance = torch._foreach_norm(torch._foreach_sub(held.adapter, live), ord=math.inf)
+        different = torch.stack(list(distance)).ne(0)  # NaN counts as different
+        if bool(different.any()):
+            which = int(different.nonzero()[0])
+            place = self._places[which % len(self._places)]
+            side = "lora_A" if which < len(self._places) else "lora_B"
+            live_tensor = place.adapter.a if side == "lora_A" else place.adapter.b
+            finite = bool(torch.isfinite(live_tensor).all())
+            return f"{side} of {place.adapter.module} " + ("differs (stale or partial)" if finite else "is not finite")
+        return "modules or ranks without an adapter hold left-over values" if self._has_leftovers(index) else None
+
+    def _has_leftovers(self, index: int) -> bool:
+        """Whether the slot holds anything outside the places of the adapter: vLLM's kernels would add it in."""
+        outside = self._held(index).outside
+        return bool(outside) and bool(torch.stack(list(torch._foreach_norm(outside, ord=math.inf))).ne(0).any())
+
+    def _outside(self, index: int) -> list[torch.Tensor]:
+        outside = []
+        for place in self._places:
+            rank = place.adapter.a.shape[0]
+            outside.append(place.layer.lora_b_stacked[place.slice][index, 0, :, rank:])
+        filled = {(id(p.layer), p.slice) for p in self._places}
+        for layer in self._manager.modules.values():
+            for number, stacked in enumerate(getattr(layer, "lora_b_stacked", ())):
+                if (id(layer), number) not in filled:
+                    outside.append(stacked[index])
+        return [t for t in outside if t.numel()]
+
+    def request(self) -> Any:
+        """The `LoRARequest` for the current version. Its name keys the prefix cache: old versions cannot be hit."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(f"policy-v{self.version}", ADAPTER_ID, ADAPTER_PATH)
