@@ -207,9 +207,10 @@ chosen: list[str] = []  # by name, on the command line
 def mixture_generates() -> bool:
     """TRL 0.18's mixture lacks an attribute that the `generate` of transformers 4.57 reads: stock fails as well."""
     from transformers import GenerationMixin
-    from trl.models import modeling_base
 
-    found = getattr(modeling_base, "GeometricMixtureWrapper", None)  # elsewhere in later releases
+    if importlib.util.find_spec("trl.models.modeling_base") is None:
+        return True  # it is elsewhere in later releases
+    found = getattr(importlib.import_module("trl.models.modeling_base"), "GeometricMixtureWrapper", None)
     needed = "_is_stateful" in inspect.getsource(GenerationMixin)
     return found is None or not needed or hasattr(found, "_is_stateful")
 
