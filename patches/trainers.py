@@ -110,7 +110,7 @@ INHERITING = (
 _BESIDE = f"{ENGINE} beside the trainer, for the model in training (settings: `PatchFastRL(...)`)"
 _REFERENCE = f"{_BESIDE}; transformers for the reference"
 _MIXTURE = f"{_BESIDE}; transformers for the mixture with the reference"
-_OLD_MIXTURE = " (which before 0.20 does not run with transformers 4.57, in stock TRL either)"
+_OLD_MIXTURE = " (TRL's own does not run before 0.20 with transformers 4.57, nor in 1.8 with 5.23)"
 _SCORED = f"{_BESIDE}, whose own forward pass gives the log-probabilities"
 BESIDE = (
     Trainer("A*-PO", "a2po", _REFERENCE, (_own("a2po", "A2PO", "1.6"),)),
