@@ -51,6 +51,16 @@ class Copies:
         self.releases += 1
         self._held = None
 
+    def watch(self, worker: Any) -> None:
+        """Notice when vLLM's worker is put to sleep past the engine, too."""
+        before = worker.sleep
+
+        def sleep(*args: Any, **kwargs: Any) -> Any:
+            self.release()
+            return before(*args, **kwargs)
+
+        worker.sleep = sleep
+
     @torch.no_grad()
     def refresh(self, adapter: bool = True) -> bool:
         """Make the engine's own weights those of the trainer now. Returns whether anything had to be copied.

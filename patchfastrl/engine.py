@@ -249,6 +249,8 @@ def build(
         llm.slot = Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
     if on_cpu:
         llm._standby = cpu_standby.install(llm.worker, llm.copies.storages() if llm.copies is not None else [])
+    if llm.copies is not None:
+        llm.copies.watch(llm.worker)
     _fuse(model)
     live.add(llm)
     memory.collect_rarely(True)

@@ -73,7 +73,7 @@ def PatchFastRL(
         FastLanguageModel: accepted, as scripts written for Unsloth pass it; it changes nothing.
         use_vllm: ``"force"`` turns `use_vllm` on in every trainer's arguments, ``"keep"`` leaves it to the script.
         gpu_memory_utilization: the engine's share of the GPU, for trainers whose configuration has no `vllm_*` fields
-            (GKD, A*-PO); those that have them go by these.
+            (PPO, Nash-MD, XPO, GKD, A*-PO); those that have them go by these.
         max_model_length: tokens of a prompt and its completion, for the same trainers; None: what their configuration
             implies.
         rollouts: how an adapter is sampled with. ``"adapter"``: beside the shared weights, from the engine's LoRA slot.

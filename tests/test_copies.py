@@ -121,6 +121,17 @@ def test_standby_releases_the_copy_and_what_was_in_it_is_not_sampled_from() -> N
     assert_alike(llm, model)
 
 
+def test_a_worker_that_slept_past_the_engine_is_noticed() -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model, enable_sleep_mode=True)
+    llm.worker.sleep()
+    llm.worker.wake_up()
+    with pytest.raises(SharingError, match="Publish first"):
+        tiny.engine_greedy(llm, PROMPT)
+    llm.publish()
+    assert_alike(llm, model)
+
+
 @pytest.mark.parametrize("write", ["weight", "adapter", "scaling"])
 def test_every_change_is_noticed(write: str) -> None:
     model = tiny.adapted(tiny.model("qwen2"))
