@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 _BLOCK = 1024
 _ROUNDS = 32  # blocks that one program sums up before it adds to the total
+_CHUNK = _BLOCK * _ROUNDS
 
 
 @triton.jit
-def _kernel(words, total, n, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    first = tl.program_id(0).to(tl.int64) * BLOCK * ROUNDS
+def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = table + tl.program_id(0).to(tl.int64) * 4
+    words = tl.load(row).to(tl.pointer_type(tl.int64))
+    n, first, owner = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     found = tl.zeros((BLOCK,), dtype=tl.int64)
     for turn in range(ROUNDS):
-        place = first + turn * BLOCK + tl.arange(0, BLOCK)
+        place = turn * BLOCK + tl.arange(0, BLOCK)
         word = tl.load(words + place, mask=place < n, other=0)
-        factor = (place * 0x5851F42D4C957F2D) ^ (place >> 7)
+        number = first + place
+        factor = (number * 0x5851F42D4C957F2D) ^ (number >> 7)
         found += word * (factor * 2 + 1)
-    tl.atomic_add(total, tl.sum(found, axis=0))
+    tl.atomic_add(totals + owner, tl.sum(found, axis=0))
 
 
-def weighted_sum(words: torch.Tensor, total: torch.Tensor) -> None:
-    """Add to `total` (a number, int64) each of `words` (1-dimensional, int64) times the odd number of its place."""
-    n = words.numel()
-    _kernel[(triton.cdiv(n, _BLOCK * _ROUNDS),)](words, total, n, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
+@functools.lru_cache(maxsize=8)
+def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """One row for each chunk of each storage: its address, its words, the number of its first word, whose it is.
+
+    Args:
+        places: address and words of each storage.
+    """
+    addresses, words = np.array(places, dtype=np.int64).T
+    chunks = -(-words // _CHUNK)
+    owner = np.repeat(np.arange(len(places)), chunks)
+    first = (np.arange(len(owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * _CHUNK
+    rows = np.stack([addresses[owner] + 8 * first, np.minimum(words[owner] - first, _CHUNK), first, owner], axis=1)
+    return torch.from_numpy(rows).to(device)
+
+
+def weighted_sums(storages: list[torch.Tensor]) -> torch.Tensor:
+    """For each storage (uint8, 1-dimensional, of whole words) the sum of its words, each times an odd number, int64.
+
+    One pass at the speed of the memory. The number is that of the word's place, so a change of one word always changes
+    the sum: odd factors can be undone modulo 2**64.
+    """
+    device = storages[0].device
+    table = _table(device, tuple((data.data_ptr(), data.numel() // 8) for data in storages))
+    totals = torch.tensor([data.numel() for data in storages], dtype=torch.int64, device=device)
+    if len(table):
+        _kernel[(len(table),)](table, totals, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
+    return totals

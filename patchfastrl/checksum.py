@@ -1,39 +1,31 @@
-"""A number that stands for the values of many tensors: equal before and after means that nobody wrote to them."""
+"""Numbers that stand for the values of many tensors: equal before and after means that nobody wrote to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
 from .trace import storage_key
 
-_SMALL = 16 * 2**20  # bytes
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """Changes when any byte of the tensors' storages does, or when they change places."""
+    return hash(tuple(digests(tensors).tolist()))
 
 
 @torch.no_grad()
-def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """Changes when any byte of the tensors' storages does, or when they change places."""
-    storages = {storage_key(t): _bytes_of(t) for t in tensors}
-    digests = [_digest_on_gpu(data) if data.is_cuda else _digest(data) for data in _together(storages.values())]
-    values = torch.stack(digests).tolist() if digests else []
-    return hash((*(s.numel() for s in storages.values()), *values))
+def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A number for each storage of the tensors, in their order: shape (storages,), int64, on their device.
 
+    On a GPU nothing waits for it.
+    """
+    storages = [_bytes_of(t) for t in {storage_key(t): t for t in tensors}.values()]
+    if storages and all(data.is_cuda for data in storages):
+        from ._checksum_kernel import weighted_sums
 
-def _together(storages: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """On a GPU, small storages one behind the other, up to `_SMALL` bytes at a time: an adapter has hundreds."""
-    waiting: list[torch.Tensor] = []
-    for data in storages:
-        if waiting and sum(map(torch.numel, waiting)) + data.numel() > _SMALL:
-            yield torch.cat(waiting)
-            waiting = []
-        if data.numel() > _SMALL or not data.is_cuda:
-            yield data
-        else:
-            waiting.append(_padded(data))
-    if waiting:
-        yield torch.cat(waiting)
+        return weighted_sums([_padded(data) for data in storages])
+    return torch.stack([_digest(data) for data in storages]) if storages else torch.zeros(0, dtype=torch.int64)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,7 +39,7 @@ def _padded(data: torch.Tensor) -> torch.Tensor:
 
 
 def _digest(data: torch.Tensor, width: int = 4096) -> torch.Tensor:
-    """A 0-dimensional int64 from all bytes and their places.
+    """A 0-dimensional int64 from all bytes, their places and their number.
 
     Sums of 8-byte words (of narrower integers they are 20 times slower on a CPU) along rows and along columns, each
     weighted by its number: a change that leaves all of them alone is not one that training makes.
@@ -55,17 +47,4 @@ def _digest(data: torch.Tensor, width: int = 4096) -> torch.Tensor:
     words, tail = data[: data.numel() // 8 * 8].view(torch.int64), data[data.numel() // 8 * 8 :]
     table = words[: words.numel() // width * width].view(-1, width)
     parts = torch.cat([table.sum(0), table.sum(1), words[table.numel() :], tail.long()])
-    return (parts * torch.arange(1, 2 * parts.numel(), 2, device=data.device)).sum()
-
-
-def _digest_on_gpu(data: torch.Tensor) -> torch.Tensor:
-    """The same in one pass at the speed of the memory: each word times an odd number of its own, summed.
-
-    A change of one word always changes the sum, because odd factors can be undone modulo 2**64.
-    """
-    from ._checksum_kernel import weighted_sum
-
-    data = _padded(data)
-    sum_: Any = torch.zeros((), dtype=torch.int64, device=data.device)
-    weighted_sum(data.view(torch.int64), sum_)
-    return sum_
+    return (parts * torch.arange(1, 2 * parts.numel(), 2, device=data.device)).sum() + data.numel()

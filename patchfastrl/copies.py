@@ -9,16 +9,19 @@ from the trainer's weights and adapter before it samples. The trainer's weights 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import adapters
-from .checksum import checksum
+from .checksum import digests
 from .errors import AdapterError, SharingError
-from .packed import quant_state, storages_of, values_of
+from .packed import dtype_of, quant_state, storages_of, values_of
 from .sharing import Shared, base_parameters
+
+Place = tuple[str, nn.Parameter, torch.Tensor]
 
 
 class Copies:
@@ -38,7 +41,7 @@ class Copies:
         self.merges = merges
         self.version = 0
         self.releases = 0
-        self._held: Any = None
+        self._held: _Values | None = None
 
     def hold_all_of(self, model: nn.Module) -> bool:
         """Whether the engine has a copy of everything that the model's adapter changes. False without an adapter."""
@@ -65,19 +68,23 @@ class Copies:
     def refresh(self, adapter: bool = True) -> bool:
         """Make the engine's own weights those of the trainer now. Returns whether anything had to be copied.
 
+        On a GPU the work is queued, not waited for: what is sampled afterwards runs after it.
+
         Args:
             adapter: with the adapter in training; False: the base model's.
         """
         merged = self._adapters() if adapter else {}
-        wanted = self._state(merged)
-        if wanted == self._held:
+        places = list(self._places())
+        wanted = _Values.of(places, merged)
+        if self._held is not None and self._held.same_as(wanted):
             return False
         self._held = None  # interrupted half-way, they are nobody's weights
         self.version += 1
+        low_rank = _in_dtype_of_weights(places, merged)
         plain, sources = [], []
-        for name, parameter, home in self._places():
+        for name, parameter, home in places:
             if name in merged:
-                _merge(home, values_of(parameter), merged[name])
+                _merge(home, values_of(parameter), merged[name], *low_rank[name])
             elif quant_state(parameter) is None:
                 plain.append(home)
                 sources.append(parameter.data)
@@ -90,7 +97,8 @@ class Copies:
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
-        if self._state(self._adapters() if adapter else {}) != self._held:
+        now = _Values.of(list(self._places()), self._adapters() if adapter else {})
+        if self._held is None or not self._held.same_as(now):
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
                 "copy was released. Publish first (trainer: sync_weights(); model: fast_generate does it)."
@@ -107,7 +115,7 @@ class Copies:
 
     # What they are made of ------------------------------------------------------------------------------------------
 
-    def _places(self) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    def _places(self) -> Iterator[Place]:
         """Name, the trainer's parameter, and the view of the engine's memory, for each parameter that is copied."""
         current, plan = base_parameters(self._shared.model), self._shared.plan
         for name, (destination, view) in plan.views.items():
@@ -125,19 +133,42 @@ class Copies:
             )
         return {f"{a.module}.weight": a for a in adapters.active_adapters(self._shared.model)}
 
-    def _state(self, merged: dict[str, adapters.Adapter]) -> Any:
-        """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
-        base = [tensor for _, parameter, _ in self._places() for tensor in storages_of(parameter)]
-        return (
-            checksum(base),
-            checksum([t for a in merged.values() for t in (a.a, a.b)]) if merged else None,
-            tuple((name, a.scaling) for name, a in merged.items()),
-        )
+
+@dataclass(frozen=True)
+class _Values:
+    """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
+
+    digests: torch.Tensor
+    scalings: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, places: list[Place], merged: dict[str, adapters.Adapter]) -> _Values:
+        base = [tensor for _, parameter, _ in places for tensor in storages_of(parameter)]
+        adapter = [tensor for a in merged.values() for tensor in (a.a, a.b)]
+        return cls(digests(base + adapter), tuple((name, a.scaling) for name, a in merged.items()))
+
+    def same_as(self, other: _Values) -> bool:
+        return self.scalings == other.scalings and torch.equal(self.digests, other.digests)
 
 
-def _merge(home: torch.Tensor, weight: torch.Tensor, adapter: adapters.Adapter) -> None:
+def _in_dtype_of_weights(
+    places: list[Place], merged: dict[str, adapters.Adapter]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each adapter's lora_A and lora_B in the dtype that its weight computes in, cast together."""
+    dtypes = {name: dtype_of(parameter) for name, parameter, _ in places}
+    live = [tensor.detach() for a in merged.values() for tensor in (a.a, a.b)]
+    cast = [
+        torch.empty_like(t, dtype=dtypes[name]) for name, a in merged.items() for t in (a.a.detach(), a.b.detach())
+    ]
+    if cast:
+        torch._foreach_copy_(cast, live)
+    return dict(zip(merged, zip(cast[0::2], cast[1::2], strict=True), strict=True))
+
+
+def _merge(
+    home: torch.Tensor, weight: torch.Tensor, adapter: adapters.Adapter, a: torch.Tensor, b: torch.Tensor
+) -> None:
     """`home = weight + scaling * B A`, summed in float32 and rounded once where the weight is in half precision."""
-    a, b = adapter.a.to(weight.dtype), adapter.b.to(weight.dtype)
     if adapter.layer.fan_in_fan_out:  # a Conv1D of transformers', stored the other way round
         a, b = b.T, a.T
     if weight.dtype == home.dtype:

@@ -36,6 +36,7 @@ from .compat import (
     dense_layers,
     expert_slots,
     import_errors,
+    inspected_here,
     process_groups,
 )
 from .copies import Copies
@@ -223,6 +224,8 @@ def build(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_nothing_left_behind())
         stack.enter_context(_in_process())
+        stack.enter_context(process_groups.on_loopback())
+        stack.enter_context(inspected_here.without_a_child())
         if on_cpu:
             cpu_import_order.worker_first()
         stack.enter_context(_loader(on_load))
@@ -276,6 +279,7 @@ def _fuse(model: nn.Module) -> None:
 @contextlib.contextmanager
 def _nothing_left_behind() -> Iterator[None]:
     """What building an engine does to the process that an engine in a process of its own may do."""
+    gc.freeze()  # vLLM collects garbage again and again, each time through all that TRL and vLLM import
     try:
         yield
     except BaseException:
@@ -284,7 +288,7 @@ def _nothing_left_behind() -> Iterator[None]:
         cleanup_dist_env_and_memory()  # groups made for this model, which the next engine would inherit
         raise
     finally:
-        gc.unfreeze()  # vLLM freezes the heap: nothing that is alive now could ever be collected
+        gc.unfreeze()  # vLLM freezes it too: nothing that is alive now could ever be collected
         import_errors.drop_tracebacks()
 
 

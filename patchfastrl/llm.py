@@ -188,11 +188,11 @@ class SharedLLM(LLM):
         with self._timed("publish"), uninterrupted(), looked_at_once():
             changed = self._refresh()
             if self.slot is not None and not self.merges and adapters.active_adapter(self.shared.model) is not None:
-                changed |= self.slot.publish()
-            if changed:
-                self.publishes += 1
-                if self.awake:
+                published = self.slot.publish()
+                if published and self.awake:
                     self.drop_prefixes()
+                changed |= published
+            self.publishes += changed
         return changed
 
     def _refresh(self, adapter: bool = True) -> bool:
