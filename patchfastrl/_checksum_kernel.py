@@ -44,15 +44,14 @@ def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> torch.T
     return torch.from_numpy(rows).to(device)
 
 
-def weighted_sums(storages: list[torch.Tensor]) -> torch.Tensor:
-    """For each storage (uint8, 1-dimensional, of whole words) the sum of its words, each times an odd number, int64.
+def weighted_sums(storages: list[torch.UntypedStorage], device: torch.device) -> torch.Tensor:
+    """For each storage (of whole 8-byte words, on `device`) the sum of its words, each times an odd number, int64.
 
     One pass at the speed of the memory. The number is that of the word's place, so a change of one word always changes
     the sum: odd factors can be undone modulo 2**64.
     """
-    device = storages[0].device
-    table = _table(device, tuple((data.data_ptr(), data.numel() // 8) for data in storages))
-    totals = torch.tensor([data.numel() for data in storages], dtype=torch.int64, device=device)
+    table = _table(device, tuple((storage.data_ptr(), storage.nbytes() // 8) for storage in storages))
+    totals = torch.tensor([storage.nbytes() for storage in storages], dtype=torch.int64).to(device, non_blocking=True)
     if len(table):
         _kernel[(len(table),)](table, totals, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
     return totals

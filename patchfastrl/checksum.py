@@ -20,12 +20,13 @@ def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
     On a GPU nothing waits for it.
     """
-    storages = [_bytes_of(t) for t in {storage_key(t): t for t in tensors}.values()]
-    if storages and all(data.is_cuda for data in storages):
+    one_each = list({storage_key(t): t for t in tensors}.values())
+    if one_each and all(t.is_cuda for t in one_each):
         from ._checksum_kernel import weighted_sums
 
-        return weighted_sums([_padded(data) for data in storages])
-    return torch.stack([_digest(data) for data in storages]) if storages else torch.zeros(0, dtype=torch.int64)
+        whole = [t if t.untyped_storage().nbytes() % 8 == 0 else _padded(_bytes_of(t)) for t in one_each]
+        return weighted_sums([t.untyped_storage() for t in whole], one_each[0].device)
+    return torch.stack([_digest(_bytes_of(t)) for t in one_each]) if one_each else torch.zeros(0, dtype=torch.int64)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,7 +36,8 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(data: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(data, (0, -data.numel() % 8)) if data.numel() % 8 else data
+    """A copy with zeros up to a whole word."""
+    return torch.nn.functional.pad(data, (0, -data.numel() % 8))
 
 
 def _digest(data: torch.Tensor, width: int = 4096) -> torch.Tensor:

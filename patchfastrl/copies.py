@@ -157,9 +157,7 @@ def _in_dtype_of_weights(
     """Each adapter's lora_A and lora_B in the dtype that its weight computes in, cast together."""
     dtypes = {name: dtype_of(parameter) for name, parameter, _ in places}
     live = [tensor.detach() for a in merged.values() for tensor in (a.a, a.b)]
-    cast = [
-        torch.empty_like(t, dtype=dtypes[name]) for name, a in merged.items() for t in (a.a.detach(), a.b.detach())
-    ]
+    cast = [torch.empty_like(t, dtype=dtypes[name]) for name, a in merged.items() for t in (a.a.detach(), a.b.detach())]
     if cast:
         torch._foreach_copy_(cast, live)
     return dict(zip(merged, zip(cast[0::2], cast[1::2], strict=True), strict=True))

@@ -38,6 +38,7 @@ from .compat import (
     import_errors,
     inspected_here,
     process_groups,
+    sampler_warmup,
 )
 from .copies import Copies
 from .errors import UnsupportedError
@@ -226,6 +227,7 @@ def build(
         stack.enter_context(_in_process())
         stack.enter_context(process_groups.on_loopback())
         stack.enter_context(inspected_here.without_a_child())
+        stack.enter_context(sampler_warmup.of_a_trainer())
         if on_cpu:
             cpu_import_order.worker_first()
         stack.enter_context(_loader(on_load))
