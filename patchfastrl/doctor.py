@@ -93,10 +93,10 @@ def examine() -> Findings:
 
 
 def _seams(refused: list[str]) -> list[SeamReport]:
-    from . import install
+    from . import report
 
     try:
-        return list(install.report())
+        return list(report.seams())
     except PatchFastRLError as error:
         refused.append(str(error))
         return []
