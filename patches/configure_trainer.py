@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, at_start, reads, statement
+from patchfastrl.rewrite import AtStart, Rewrite, reads, statement
 from patchfastrl.seam import Seam
 
 from .releases import END, FIRST, between, upstream
@@ -31,24 +31,25 @@ from .trainers import (
     Trainer,
 )
 
-CONFIGURE = "{args} = @configure(self, {args}, {model}, {peft_config}{more})"
 
-
-class ConfigureTrainer(Rewrite):
-    """``if args is None: ...`` is followed by ``args = configure(self, args, model, peft_config)``.
+def configure(more: str = "", args: str = "args", model: str = "model", peft_config: str = "peft_config") -> str:
+    """The statement that a trainer gets.
 
     Args:
         more: further arguments, with a comma in front.
         args, model, peft_config: what the trainer calls them; it is given the last one to make an adapter with.
     """
+    return f"{args} = @configure(self, {args}, {model}, {peft_config}{more})"
 
-    words: tuple[str, ...] = ("args is None",)
 
-    def __init__(
-        self, more: str = "", *, args: str = "args", model: str = "model", peft_config: str = "peft_config"
-    ) -> None:
+class ConfigureTrainer(Rewrite):
+    """``if args is None: ...`` is followed by ``args = configure(self, args, model, peft_config)``."""
+
+    words = ("args is None",)
+
+    def __init__(self, *settings: str, **names: str) -> None:
         super().__init__()
-        self.statement = CONFIGURE.format(args=args, model=model, peft_config=peft_config, more=more)
+        self.statement = configure(*settings, **names)
 
     def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If | cst.FlattenSentinel[cst.BaseStatement]:
         # With an `else` it is RLOO's handling of a deprecated name, up to 0.24.
@@ -58,19 +59,11 @@ class ConfigureTrainer(Rewrite):
         return cst.FlattenSentinel([updated_node, statement(self.statement)])
 
 
-class ConfigureAtOnce(ConfigureTrainer):
+class ConfigureAtOnce(AtStart):
     """It becomes the first statement of ``__init__``, which makes no arguments of its own."""
 
-    words = ()
-
-    def leave_If(self, original_node: cst.If, updated_node: cst.If) -> cst.If:
-        return updated_node
-
-    def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
-        if not reads(original_node.name, "__init__"):
-            return updated_node
-        self.found += 1
-        return at_start(updated_node, self.statement)
+    def __init__(self, *settings: str, **names: str) -> None:
+        super().__init__("__init__", configure(*settings, **names))
 
 
 # The release that calls `rollout_func` in server mode only: in colocate mode it would forget it in silence.

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import libcst as cst
+import functools
 
-from patchfastrl.rewrite import Rewrite, at_start, reads
+from patchfastrl.rewrite import AtStart
 from patchfastrl.seam import Seam
 
 from .releases import between, upstream
 from .trainers import ELSEWHERE
 
-
-class SamplesElsewhere(Rewrite):
-    """``samples_elsewhere(self)`` becomes the first statement of ``__init__``."""
-
-    def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
-        if not reads(original_node.name, "__init__"):
-            return updated_node
-        self.found += 1
-        return at_start(updated_node, "@samples_elsewhere(self)")
-
+SAMPLES_ELSEWHERE = functools.partial(AtStart, "__init__", "@samples_elsewhere(self)")
 
 SEAMS = tuple(
     Seam(
@@ -31,7 +22,7 @@ SEAMS = tuple(
         reason="tells a script that this trainer's completions come from a vLLM server in another process",
         link=upstream(home.module.removeprefix("trl.").replace(".", "/") + "_trainer.py"),
         until="TRL gives it an engine in the trainer's process",
-        rewrite=SamplesElsewhere,
+        rewrite=SAMPLES_ELSEWHERE,
     )
     for trainer in ELSEWHERE
     for home, start, stop in trainer.between()

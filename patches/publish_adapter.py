@@ -6,25 +6,11 @@ import functools
 
 import libcst as cst
 
-from patchfastrl.rewrite import Rewrite, at_start, expression, reads
+from patchfastrl.rewrite import AtStart, Rewrite, expression, reads
 from patchfastrl.seam import Seam
 
 from .owners import OWNERS
 from .releases import between, outside
-
-
-class PublishAdapter(Rewrite):
-    """``return publish(self)`` becomes the first statement of the method `name`."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
-        if not reads(original_node.name, self.name):
-            return updated_node
-        self.found += 1
-        return at_start(updated_node, "return @publish(self)")
 
 
 class PublishInline(Rewrite):
@@ -49,7 +35,7 @@ SEAMS = tuple(
         reason="merging changes the base weights that the engine shares (and drifts in bf16); load_weights writes them",
         link="https://github.com/huggingface/trl/issues/6688",
         until="TRL can sync an adapter to a colocated engine without merging",
-        rewrite=functools.partial(PublishAdapter, owner.syncs) if owner.syncs else PublishInline,
+        rewrite=functools.partial(AtStart, owner.syncs, "return @publish(self)") if owner.syncs else PublishInline,
     )
     for owner in OWNERS
 )

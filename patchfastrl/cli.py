@@ -291,9 +291,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from . import install
+    from . import report
 
-    seams = install.report()
+    seams = report.seams()
     names = list(dict.fromkeys(seam.name for seam in seams))
     if arguments.list:
         for seam in seams:
@@ -304,7 +304,7 @@ def _show(arguments: argparse.Namespace) -> int:
         print(f"patchfastrl show: there is no seam {arguments.seam!r}; there are: {', '.join(names)}", file=sys.stderr)
         return 2
     colours = {r"(?m)^\+.*$": "green", r"(?m)^-.*$": "red", r"(?m)^@.*$": "cyan"}
-    _print(install.diff(arguments.seam).rstrip("\n"), colours)
+    _print(report.diff(arguments.seam).rstrip("\n"), colours)
     return 0
 
 

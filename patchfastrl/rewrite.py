@@ -56,9 +56,10 @@ class _Together(cst.CSTTransformer):
         super().__init__()
         self._leave: dict[str, list[Callable[[Any, Any], Any]]] = {}
         for transformer in rewrites:
-            for name in dir(transformer):
-                if name.startswith("leave_") and getattr(type(transformer), name) is not getattr(Rewrite, name):
-                    self._leave.setdefault(name.removeprefix("leave_"), []).append(getattr(transformer, name))
+            kinds = type(transformer).__mro__
+            own = {name for kind in kinds[: kinds.index(Rewrite)] for name in vars(kind) if name.startswith("leave_")}
+            for name in own:
+                self._leave.setdefault(name.removeprefix("leave_"), []).append(getattr(transformer, name))
 
     def on_visit(self, node: cst.CSTNode) -> bool:
         return not isinstance(node, self._LAYOUT)
@@ -100,11 +101,21 @@ def with_keyword(call: cst.Call, keyword: str, source: str) -> cst.Call:
     return call.with_changes(args=[*call.args, cst.Arg(expression(source), keyword=cst.Name(keyword), equal=equal)])
 
 
-def at_start(function: cst.FunctionDef, source: str) -> cst.FunctionDef:
-    """The function with one statement more, the first after its docstring."""
-    body = list(function.body.body)
-    body.insert(0 if function.get_docstring() is None else 1, statement(source))
-    return function.with_changes(body=function.body.with_changes(body=body))
+class AtStart(Rewrite):
+    """`source` becomes the first statement of the function `name`, after its docstring."""
+
+    def __init__(self, name: str, source: str) -> None:
+        super().__init__()
+        self.words = (f"def {name}",)
+        self.name, self.source = name, source
+
+    def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
+        if not reads(original_node.name, self.name):
+            return updated_node
+        self.found += 1
+        body = list(updated_node.body.body)
+        body.insert(0 if updated_node.get_docstring() is None else 1, statement(self.source))
+        return updated_node.with_changes(body=updated_node.body.with_changes(body=body))
 
 
 def reads(node: cst.CSTNode | None, source: str) -> bool:
@@ -260,14 +271,15 @@ def _rewrite_target(lines: list[str], target: Target, seams: Sequence[Seam]) -> 
     segment = lines[target.first - 1 : target.last]
     for first, last in reversed(_relevant(target, lines, list(transformers.values()))):
         part = slice(first - target.first, last - target.first + 1)
-        segment[part] = _rewrite_lines(
-            segment[part], together, seams[0], whole=(first, last) == (target.first, target.last)
-        )
+        segment[part] = _rewrite_lines(segment[part], together, seams[0], definition=first == target.first)
     return segment, {name: transformer.found for name, transformer in transformers.items()}
 
 
 def _relevant(target: Target, lines: list[str], rewrites: Sequence[Rewrite]) -> list[tuple[int, int]]:
-    """The first and last lines of the statements in a target that have to be parsed; the whole target if in doubt."""
+    """The first and last lines of the statements in a target that have to be parsed; the whole target if in doubt.
+
+    What stands above a function's first statement goes with it, as a definition that ends there.
+    """
     whole = [(target.first, target.last)]
     if not isinstance(target.node, FUNCTION) or not all(rewrite.words for rewrite in rewrites):
         return whole
@@ -275,13 +287,14 @@ def _relevant(target: Target, lines: list[str], rewrites: Sequence[Rewrite]) -> 
     spans = [(_first_line(node), node.end_lineno or node.lineno) for node in target.node.body]
     if any(later[0] <= earlier[1] for earlier, later in pairwise(spans)) or spans[0][0] <= target.node.lineno:
         return whole  # several statements on one line
+    spans[0] = target.first, spans[0][1]
     return [span for span in spans if any(word in line for line in lines[span[0] - 1 : span[1]] for word in words)]
 
 
-def _rewrite_lines(segment: list[str], together: _Together, seam: Seam, whole: bool) -> list[str]:
-    """Rewrite the lines of one definition, or of one statement of a function, however deep they are indented."""
+def _rewrite_lines(segment: list[str], together: _Together, seam: Seam, definition: bool) -> list[str]:
+    """Rewrite the lines of a definition, or of one statement of a function, however deep they are indented."""
     indent = len(segment[0]) - len(segment[0].lstrip())
-    wrapper = ("class _:\n" if whole else "def _():\n") if indent else ""
+    wrapper = ("class _:\n" if definition else "def _():\n") if indent else ""
     try:
         tree = cst.parse_module(wrapper + "\n".join(segment) + "\n")
     except cst.ParserSyntaxError as error:

@@ -118,8 +118,12 @@ def configure(
         _set_standby(args, standby)
     _refuse_unsupported(args, model, peft_config)
     sampling_overrides(args, completions)
-    if loads_later and isinstance(model, str):
+    if isinstance(model, str) and loads_later:
         args.model_init_kwargs = _shareable_kwargs(model, args, peft_config, args.model_init_kwargs or {}, "dtype")
+    elif isinstance(model, str) and beside:
+        from .quantisation import refuse_loading
+
+        refuse_loading(model, getattr(args, "model_init_kwargs", None) or {})
     _trainers[id(trainer)] = trainer
     return args
 
@@ -219,15 +223,9 @@ def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dic
 
 
 def _shareable_kwargs(model: str, args: Any, peft_config: Any, kwargs: dict[str, Any], dtype: str) -> dict[str, Any]:
-    if kwargs.get("quantization_config"):
-        from .engine import refuse_quantization
+    from .quantisation import refuse_loading
 
-        refuse_quantization(kwargs["quantization_config"])
-    if kwargs.get("load_in_8bit"):
-        raise UnsupportedError(
-            f"load_in_8bit: of quantised models only 4-bit ones can be sampled from. Load {model} without it (with "
-            "LoRA the frozen 16-bit base exists once), or with BitsAndBytesConfig(load_in_4bit=True)."
-        )
+    refuse_loading(model, kwargs)
     if peft_config is None or "dtype" in kwargs or "torch_dtype" in kwargs:
         return kwargs
     logger.warning("PatchFastRL: the frozen base is loaded in its checkpoint's dtype; set `%s` for another one.", dtype)

@@ -221,6 +221,7 @@ def test_doctor_as_json(tmp_path: Path) -> None:
     assert {"name", "target", "requires", "expected", "found", "status", "detail"} <= data["seams"][0].keys()
     assert data["settings"]["OMP_NUM_THREADS"] == "1"
     assert "do not print me" not in done.stdout
+    assert any("4-bit" in note and "vllm-bnb-plugin" in note for note in data["notes"])  # bitsandbytes is installed
 
 
 def test_doctor_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:

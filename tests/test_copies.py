@@ -269,22 +269,6 @@ def test_grpo_on_a_4_bit_model(tmp_path: Any) -> None:
     trainer.vllm_generation.llm.close("the test is over.")
 
 
-def test_8_bit_is_refused_by_name(tmp_path: Any) -> None:
-    from transformers import BitsAndBytesConfig
-    from trl import GRPOTrainer
-
-    with pytest.raises(UnsupportedError, match="4-bit"):
-        GRPOTrainer(
-            model=tiny.checkpoint(tmp_path / "model"),
-            reward_funcs=tiny.length_reward,
-            args=tiny.config(
-                tmp_path, model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-            ),
-            train_dataset=tiny.prompts(),
-            peft_config=tiny.lora(),
-        )
-
-
 def test_fast_language_model_in_4_bits(tmp_path: Any) -> None:
     model, _ = FastLanguageModel.from_pretrained(
         tiny.checkpoint(tmp_path, "qwen2"), max_seq_length=256, max_lora_rank=8, gpu_memory_utilization=0.2

@@ -388,13 +388,13 @@ def test_without_trl(tmp_path: Path) -> None:
         (site / "patchfastrl" / part).symlink_to(folder)
     code = """
 from patchfastrl import PatchFastRL, UnpatchFastRL
-from patchfastrl.install import report
+from patchfastrl.report import seams
 try:
     PatchFastRL()
 except Exception as error:
     print(type(error).__name__, error)
 UnpatchFastRL()
-assert {r.status for r in report()} == {"refused"}
+assert {r.status for r in seams()} == {"refused"}
 """
     result = subprocess.run(
         [sys.executable, "-S", "-c", code],

@@ -119,7 +119,7 @@ def test_copies_and_pickles_have_no_engine(path):
 
 
 def test_modes(path):
-    model, _ = load(path)
+    model, _ = load(path, load_in_8bit=False, load_in_fp8=False)
     assert FastLanguageModel.for_inference(model) is model
     assert not model.training
     assert model.config.use_cache
@@ -151,7 +151,8 @@ def test_without_an_engine(path):
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
-        ({"load_in_8bit": True}, "load_in_4bit=True"),
+        ({"load_in_8bit": True}, "load_in_8bit=True: .*load_in_4bit=True"),
+        ({"load_in_fp8": True}, "load_in_fp8=True: .*load_in_4bit=True"),
         ({"load_in_4bit": True, "full_finetuning": True}, "full_finetuning"),
         ({"float8_kv_cache": True}, "float8_kv_cache"),
     ],

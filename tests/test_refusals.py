@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from patchfastrl import PatchFastRL, UnpatchFastRL, vLLMSamplingParams
+from patchfastrl import FastLanguageModel, PatchFastRL, UnpatchFastRL, vLLMSamplingParams
 from patchfastrl.errors import PatchFastRLError, UnsupportedError
 
 pytestmark = pytest.mark.timeout(120)
@@ -47,7 +48,8 @@ def assert_refused(says: str, folder: Path, args: dict[str, Any] | None = None, 
         with pytest.raises(UnsupportedError, match=says):
             tiny.trainer(folder, algorithm, args=args, **given)
     assert not engine.live
-    gc.collect()
+    if runtime._trainers:
+        gc.collect()  # a trainer and its callbacks refer to each other
     assert not list(runtime._trainers)
 
 
@@ -60,20 +62,14 @@ def assert_refused(says: str, folder: Path, args: dict[str, Any] | None = None, 
         ({"vllm_sampling_params": vLLMSamplingParams(temperature=0.2)}, r"temperature=0\.2.*importance ratios"),
         ({"vllm_sampling_params": {"no_such": 1}}, r"SamplingParams has no no_such"),
         ({"vllm_sampling_params": {"top_k": -7}}, r"top_k"),
-        ({"model_init_kwargs": {"load_in_8bit": True}}, r"load_in_8bit: .* only 4-bit ones"),
-        ({"model_init_kwargs": {"quantization_config": {"quant_method": "x"}}}, r"quantised models only .* 4-bit"),
+        ({"model_init_kwargs": {"load_in_8bit": True}}, r"load_in_8bit=True: .* only bitsandbytes' 4-bit"),
+        ({"model_init_kwargs": {"load_in_fp8": True}}, r"load_in_fp8=True: .* only bitsandbytes' 4-bit"),
+        ({"model_init_kwargs": {"gguf_file": "model.gguf"}}, r"gguf_file='model.gguf': .* only bitsandbytes' 4-bit"),
     ],
     ids=lambda v: str(v)[:50],
 )
 def test_settings(args: dict[str, Any], says: str, tmp_path: Path) -> None:
     assert_refused(says, tmp_path, args)
-
-
-def test_a_quantisation_given_to_the_trainer(tmp_path: Path) -> None:
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    assert_refused("BitsAndBytesConfig .* only bitsandbytes' 4-bit", tmp_path, quantization_config=config)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +94,6 @@ def test_other_adapters(tmp_path: Path) -> None:
 
 
 def test_models_that_are_not_whole_or_not_plain(tmp_path: Path) -> None:
-    quantised = tiny.model()
-    quantised.is_quantized = True
-    assert_refused("only bitsandbytes' 4-bit", tmp_path, model=quantised)
     adapted = tiny.adapted(tiny.model())
     adapted.merge_adapter()
     assert_refused(r"merged.*unmerge_adapter", tmp_path, model=adapted)
@@ -124,6 +117,181 @@ def test_a_sequence_that_does_not_fit(tmp_path: Path) -> None:
         UnsupportedError, match=r"One sequence of .* tokens needs .* of KV cache.*vllm_max_model_length"
     ):
         tiny.trainer(tmp_path, model=tiny.model(positions=10**7), args={"vllm_gpu_memory_utilization": 0.01})
+
+
+# Quantised weights --------------------------------------------------------------------------------------------------
+
+
+def configs() -> dict[str, Any]:
+    """What quantises a model while it is loaded, by method; a dictionary where its class needs a package."""
+    import transformers as t
+
+    return {
+        "fp8": t.FineGrainedFP8Config(),
+        "fbgemm_fp8": t.FbgemmFp8Config(),
+        "compressed-tensors": t.CompressedTensorsConfig(),
+        "mxfp4": t.Mxfp4Config(),
+        "gptq": t.GPTQConfig(bits=4),
+        "awq": t.AwqConfig(),
+        "bitsandbytes in 8 bits": t.BitsAndBytesConfig(load_in_8bit=True),
+        "quanto": t.QuantoConfig(weights="int8"),
+        "eetq": t.EetqConfig(),
+        "torchao": {"quant_method": "torchao", "quant_type": "int8_weight_only"},
+        "hqq": {"quant_method": "hqq"},
+        "quark": {"quant_method": "quark"},
+        "modelopt": {"quant_method": "modelopt"},
+        "unknown": {"bits": 8},
+    }
+
+
+METHODS = sorted(configs())
+
+
+def assert_method_refused(method: str, folder: Path, says: str = "", **given: Any) -> None:
+    says += rf"\({method}\): of quantised models only bitsandbytes' 4-bit"
+    assert_refused(rf"{says}.*FP8 weights: .*vLLM" if "fp8" in method else says, folder, **given)
+
+
+def declaring(quantisation: dict[str, Any], folder: Path, word: str = "quantization_config", part: str = "") -> str:
+    """A checkpoint whose config.json declares it. It has no weights: to look for them would be another error."""
+    path = Path(tiny.checkpoint(folder / "model"))
+    (path / "model.safetensors").unlink()
+    config = json.loads((path / "config.json").read_text())
+    (config.setdefault(part, {}) if part else config)[word] = quantisation
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantisation_that_is_asked_for(method: str, tmp_path: Path) -> None:
+    config = configs()[method]
+    assert_method_refused(method, tmp_path, quantization_config=config)
+    assert_method_refused(method, tmp_path, args={"model_init_kwargs": {"quantization_config": config}})
+    for four_bits in (True, False):
+        with pytest.raises(UnsupportedError, match=rf"\({method}\): .* 4-bit"):
+            FastLanguageModel.from_pretrained(NOWHERE, load_in_4bit=four_bits, quantization_config=config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantisation_that_the_checkpoint_declares(method: str, tmp_path: Path) -> None:
+    config = configs()[method]
+    path = declaring(config if isinstance(config, dict) else config.to_dict(), tmp_path)
+    assert_method_refused(method, tmp_path, f"{path} declares quantization_config ", model=path)
+    assert_method_refused(method, tmp_path, model=path, args={"model_init_kwargs": {"dtype": "bfloat16"}})
+    for four_bits in (True, False):
+        with pytest.raises(UnsupportedError, match=rf"declares .*\({method}\): .* 4-bit"):
+            FastLanguageModel.from_pretrained(path, load_in_4bit=four_bits)
+
+
+@pytest.mark.parametrize(
+    "place", [{"word": "compression_config"}, {"part": "text_config"}], ids=["compressed-tensors", "composite"]
+)
+def test_a_quantisation_that_is_declared_elsewhere(place: dict[str, str], tmp_path: Path) -> None:
+    path = declaring({"quant_method": "compressed-tensors"}, tmp_path, **place)
+    assert_method_refused("compressed-tensors", tmp_path, "declares quantization_config ", model=path)
+
+
+def test_a_trainer_with_an_engine_beside_it(tmp_path: Path) -> None:
+    """It loads its model by itself, out of PatchFastRL's sight."""
+    from trl.experimental.a2po import A2POConfig, A2POTrainer
+
+    path = declaring({"quant_method": "fp8"}, tmp_path)
+    with pytest.raises(UnsupportedError, match=r"declares quantization_config \(fp8\)"):
+        A2POTrainer(
+            model=path,
+            reward_funcs=tiny.length_reward,
+            args=A2POConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False),
+            train_dataset=tiny.prompts(8),
+        )
+
+
+def test_what_to_do_with_a_checkpoint_that_transformers_can_unpack(tmp_path: Path) -> None:
+    for method, kind in {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "gptq": None}.items():
+        path = declaring({"quant_method": method}, tmp_path / method)
+        instead = rf"quantization_config={kind}\(dequantize=True\) with a 16-bit dtype" if kind else "16-bit checkpoint"
+        assert_refused(instead, tmp_path, model=path)
+
+
+def test_an_fp8_checkpoint_that_is_unpacked_as_the_refusal_says(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import FineGrainedFP8Config
+
+    path = Path(tiny.checkpoint(tmp_path / "model", "qwen2", torch.bfloat16))
+    weights = load_file(path / "model.safetensors")
+    for name in [n for n, w in weights.items() if "layers" in n and w.ndim == 2]:
+        weights[name] = (weights[name] * 256).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.full([-(-n // 128) for n in weights[name].shape], 1 / 256)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (path / "config.json").write_text(json.dumps(config))
+
+    how = FineGrainedFP8Config(dequantize=True)
+    args = {"model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = tiny.trainer(tmp_path, model=str(path), args=args, quantization_config=how, peft_config=tiny.lora())
+    trainer.train()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(
+        trainer.model.get_base_model().get_parameter(name.replace("up_proj.", "up_proj.base_layer.")),
+        weights[name].to(torch.bfloat16) / 256,
+    )
+    differences = [h["sampling/sampling_logp_difference/mean"] for h in trainer.state.log_history if "loss" in h]
+    assert len(differences) == 2
+    assert max(differences) < 0.03
+    close_all()
+
+
+def test_unpacking_what_is_not_packed(tmp_path: Path) -> None:
+    from transformers import FineGrainedFP8Config
+
+    how = FineGrainedFP8Config(dequantize=True)
+    path = tiny.checkpoint(tmp_path / "model")
+    assert_refused("dequantize=True: .* is not quantised", tmp_path, model=path, quantization_config=how)
+
+
+def test_models_that_are_quantised_already(tmp_path: Path) -> None:
+    from bitsandbytes.nn import Int8Params
+    from transformers import FineGrainedFP8Config
+
+    declared, nameless, inside = tiny.model(), tiny.model(), tiny.model("llama")
+    declared.config.quantization_config = FineGrainedFP8Config()
+    assert_method_refused("fp8", tmp_path, "the model is quantised: FineGrainedFP8Config ", model=declared)
+    nameless.is_quantized = True
+    assert_method_refused("unknown", tmp_path, model=nameless)
+    layer = inside.model.layers[1].mlp.up_proj
+    for weight, says in (
+        (torch.nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn)), "Parameter of float8_e4m3fn"),
+        (torch.nn.Parameter(layer.weight.data.to(torch.int32), requires_grad=False), "Parameter of int32"),
+        (Int8Params(layer.weight.data, requires_grad=False), "Int8Params of float32"),
+    ):
+        layer.weight = weight
+        assert_refused(
+            rf"layers\.1\.mlp\.up_proj\.weight is a {says}: .* only bitsandbytes' 4-bit", tmp_path, model=inside
+        )
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "bitsandbytes"])
+def test_a_quantisation_by_the_engine(quantization: str) -> None:
+    from patchfastrl import engine
+
+    with pytest.raises(UnsupportedError, match=rf"quantization='{quantization}': .* cannot quantise them on the fly"):
+        tiny.engine(tiny.model(), quantization=quantization)
+    assert not engine.live
+
+
+def test_four_bits_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BitsAndBytesConfig
+
+    from patchfastrl import quantisation
+
+    monkeypatch.setattr(quantisation, "installed", lambda name: None)
+    four = BitsAndBytesConfig(load_in_4bit=True)
+    path = declaring(four.to_dict(), tmp_path)
+    for model, how in ((NOWHERE, {"quantization_config": four}), (path, {})):
+        with pytest.raises(ImportError, match=r"\(bitsandbytes\) needs bitsandbytes: `pip install bitsandbytes`"):
+            tiny.trainer(tmp_path, model=model, **how)
+        with pytest.raises(ImportError, match=r"needs bitsandbytes: `pip install bitsandbytes`"):
+            FastLanguageModel.from_pretrained(model, **how)
 
 
 # Several processes --------------------------------------------------------------------------------------------------

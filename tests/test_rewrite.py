@@ -12,7 +12,7 @@ from pathlib import Path
 import libcst as cst
 import pytest
 
-from patchfastrl import install
+from patchfastrl import install, report
 from patchfastrl.errors import PatchFastRLError
 from patchfastrl.rewrite import Rewrite, Source, class_lines, expression, extract, locate, reads, rewrite
 from patchfastrl.seam import Seam
@@ -65,7 +65,7 @@ EXPECTED |= json.loads(Path(__file__).with_name("before_and_after.json").read_te
 
 @pytest.mark.parametrize("seam", EXPECTED)
 def test_before_and_after(seam: str) -> None:
-    changed = [line for line in install.diff(seam).splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    changed = [line for line in report.diff(seam).splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     assert changed == EXPECTED[seam]
 
 
@@ -86,15 +86,15 @@ def test_the_rest_of_a_file_is_untouched() -> None:
 
 def test_diff_knows_its_seams() -> None:
     with pytest.raises(PatchFastRLError, match=r"no seam 'nonsense'.*engine\.build"):
-        install.diff("nonsense")
-    text = install.diff()
+        report.diff("nonsense")
+    text = report.diff()
     assert text.count("--- a/trl/") == len({seam.module for seam in install._chosen()})
     assert "+++ b/trl/generation/vllm_generation.py" in text
 
 
 def test_looking_imports_nothing_of_trl() -> None:
     code = (
-        "import sys, patchfastrl.install as i; i.diff(); r = i.report(); "
+        "import sys, patchfastrl.report as i; i.diff(); r = i.seams(); "
         "assert {x.status for x in r} == {'ok', 'not for this version'}, r; "
         "assert all(x.found == x.expected for x in r if x.status == 'ok'); "
         "assert not [n for n in sys.modules if n.split('.')[0] in ('trl', 'torch', 'vllm', 'transformers')]"
