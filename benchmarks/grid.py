@@ -259,20 +259,36 @@ def gib(sizes: dict[str, float]) -> str:
 
 
 def configuration(job: dict[str, Any], folder: str, on_gpu: bool, **more: Any) -> Any:
-    """GRPO's, for the largest cell."""
+    """GRPO's, for the largest cell; `more` wins."""
     from trl import GRPOConfig
 
     tokens = max(t for t, _ in job["cells"])
     completions = max(c for _, c in job["cells"])
     per_device = min(8, completions)
-    return GRPOConfig(
-        output_dir=folder, use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=job["share"],
-        vllm_max_model_length=PROMPT + tokens + 16, per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=completions // per_device, num_generations=per_device,
-        max_completion_length=tokens, max_steps=job["steps"], logging_steps=1, report_to=[], save_strategy="no",
-        disable_tqdm=True, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=True, learning_rate=1e-6, beta=0.0,
-        lr_scheduler_type="constant", generation_kwargs={"ignore_eos": True}, **more,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": job["share"],
+        "vllm_max_model_length": PROMPT + tokens + 16,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": completions // per_device,
+        "num_generations": per_device,
+        "max_completion_length": tokens,
+        "max_steps": job["steps"],
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": True,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "beta": 0.0,
+        "generation_kwargs": {"ignore_eos": True},
+    }
+    return GRPOConfig(**{**settings, **more})
 
 
 def given(job: dict[str, Any]) -> dict[str, Any]:

@@ -129,13 +129,17 @@ def _micro_steps(step: dict[str, list[float]]) -> list[float]:
 class Memory(contextlib.AbstractContextManager[Any]):
     """GiB in use on the device, every 20 ms, seen from the driver (on a CPU: the resident set).
 
+    Args:
+        besides: GiB of somebody else's, which are not counted.
+
     Attributes:
         begin: when the clock started (`time.perf_counter()`).
         samples: (seconds, GiB). marks: GiB, by name. times: seconds, by name.
     """
 
-    def __init__(self, on_gpu: bool) -> None:
+    def __init__(self, on_gpu: bool, besides: float = 0.0) -> None:
         self._on_gpu = on_gpu
+        self._besides = besides
         self.begin = time.perf_counter()
         self.samples: list[tuple[float, float]] = []
         self.marks: dict[str, float] = {}
@@ -148,7 +152,7 @@ class Memory(contextlib.AbstractContextManager[Any]):
             import torch
 
             free, total = torch.cuda.mem_get_info()
-            return (total - free) / 2**30
+            return (total - free) / 2**30 - self._besides
         import psutil
 
         return psutil.Process().memory_info().rss / 2**30
