@@ -1,12 +1,24 @@
 """GRPO steps of real model shapes: stock TRL against PatchFastRL, phase by phase, with the memory over time.
 
     python benchmarks/grid.py --model 8b --method lora                    # stock, then patched
-    python benchmarks/grid.py --model 0.5b --model 8b --method lora --method full --tokens 2048 --json out.json
+    python benchmarks/grid.py --model 0.5b --model 8b --method lora --method full --tokens 512 --tokens 2048 \\
+        --completions 8 --completions 32 --json out.json
+    python benchmarks/grid.py --model 8b --parallel 2                     # each side on a GPU of its own
+    python benchmarks/grid.py --model 8b --checkpoint --steps 2 --verbose # what the time until the trainer is ready is
     python benchmarks/grid.py --model tiny --tokens 16 --completions 8 --steps 3   # on a CPU, in a minute or two
 
-Weights are random and made on the device, so no checkpoint is needed; random models never stop, so every completion has
-exactly the asked length. Each cell and side is a process of its own. Figures are medians of the steps after the first;
-memory is the driver's count for the whole device (on a CPU: the resident set).
+Weights are random and made on the device, so no checkpoint is needed (--checkpoint writes one, and every side reads it
+as a script would: by its name); random models never stop, so every completion has exactly the asked length.
+
+All cells of a model, method and side are measured in one process, small ones first: building an engine takes a minute.
+The engine is built for the largest of them, with the same settings on every side, and each cell is another
+`trainer.train()` with that cell's lengths and batch sizes: what TRL reads when it trains, not when it is built. Each
+cell's first step is left out of the medians, and only the process' first one is shown as "first step". Memory is the
+driver's count for the whole device (on a CPU: the resident set); the peak is the cell's own.
+
+Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter the same with the adapter beside the
+weights instead of merged into a copy; unsloth is Unsloth with its standby, where it is installed (always from a
+checkpoint).
 """
 
 from __future__ import annotations
@@ -14,35 +26,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-QWEN = {"num_key_value_heads": 2, "rope_theta": 1e6, "tie_word_embeddings": True}
-LLAMA = {"num_key_value_heads": 8, "rope_theta": 5e5, "tie_word_embeddings": False}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": ("Qwen2", {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                       "num_attention_heads": 2, **QWEN}),
-    "0.5b": ("Qwen2", {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                       "num_attention_heads": 14, **QWEN}),
-    "1.5b": ("Qwen2", {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-                       "num_attention_heads": 12, **QWEN}),
-    "8b": ("Llama", {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                     "num_attention_heads": 32, **LLAMA}),
-    "32b": ("Qwen3", {"vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
-                      "num_attention_heads": 64, "head_dim": 128, **LLAMA}),
-}  # fmt: skip
-SIDES = ("stock", "patched", "adapter")
+import processes
+from measure import Clock, Memory, said, say_times
+from shapes import SHAPES, four_bits, make_model, prompts, stock_on_cpu, tokenizer_of, versions
+
+SIDES = ("stock", "patched", "adapter", "unsloth")
+PROMPT = 64  # tokens
+READY = "the trainer is ready"  # what a process prints before its cells
 PHASES = (
     ("step", "whole step, s"),
     ("rollout", "  rollout in all, s"),
@@ -66,54 +66,125 @@ def main() -> None:
     parser.add_argument("--method", choices=("lora", "qlora", "full"), action="append", help="default: lora")
     parser.add_argument("--tokens", type=int, action="append", help="new tokens per completion (default: 512)")
     parser.add_argument("--completions", type=int, action="append", help="per step (default: 32)")
-    parser.add_argument("--side", choices=SIDES, action="append", help="default: stock and patched. adapter: patched, "
-                        "with the adapter beside the weights instead of merged into a copy")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--side", choices=SIDES, action="append", help="default: stock and patched")
+    parser.add_argument("--steps", type=int, default=6, help="of each cell, the first one is not counted (default: 6)")
     parser.add_argument("--share", type=float, default=0.3, help="vllm_gpu_memory_utilization")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one training step")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--parallel", type=int, default=1, metavar="N",
+                        help="N processes at the same time, each with a GPU of its own (default: 1)")  # fmt: skip
+    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS",
+                        help="of each process: cells not begun by then are left out, and said so")  # fmt: skip
+    parser.add_argument("--checkpoint", action="store_true", help="the model given by the name of a saved checkpoint")
+    parser.add_argument("--verbose", action="store_true", help="what building takes, and what lies in memory then")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one training step of each cell")
+    parser.add_argument("--json", type=Path, help="write all figures here, after each cell")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        print("RESULT " + json.dumps(one_run(**json.loads(options.cell))), flush=True)
+    if options.child:
+        job = json.loads(options.child)
+        with processes.reported(job):
+            write_checkpoint(job) if job["side"] == "checkpoint" else measure(job)
         return
-    results = []
-    for model in options.model or ["8b"]:
-        for method in options.method or ["lora"]:
-            for tokens in options.tokens or [512]:
-                for completions in options.completions or [32]:
-                    cell = {"model": model, "method": method, "tokens": tokens, "completions": completions}
-                    more = {"steps": options.steps, "share": options.share, "rank": options.rank}
-                    for side in options.side or SIDES[:2]:
-                        done = in_process_of_its_own(cell | more | {"side": side, "profile": options.profile})
-                        results.append(done)
-                        if options.json:
-                            options.json.write_text(json.dumps(results, indent=1))
-                    print_table(cell, [r for r in results if cell.items() <= r.items()])
+    with tempfile.TemporaryDirectory(prefix="checkpoints-") as folder:
+        Grid(options, folder).run()
 
 
-def in_process_of_its_own(cell: dict[str, Any]) -> dict[str, Any]:
-    print(" ".join(f"{k}={v}" for k, v in cell.items()), file=sys.stderr, flush=True)
-    # vLLM's cache of compiled graphs is keyed by its configuration, not by what is patched: one cache for each side.
-    cache = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache" / "vllm"), cell["side"])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "VLLM_CACHE_ROOT": str(cache)}
-    env.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    shown = [line for line in done.stdout.splitlines() if line.startswith("PROFILE ")]
-    print("\n".join(line.removeprefix("PROFILE ") for line in shown), file=sys.stderr)
-    if not lines:
-        said = [s for s in (done.stdout + done.stderr).strip().splitlines() if not s.startswith("frame #")]
-        error = "\n".join(said[-40:])
-        print(error, file=sys.stderr, flush=True)
-        return {**cell, "error": error.splitlines()[-1]}
-    return {**cell, **json.loads(lines[-1].removeprefix("RESULT "))}
+class Grid:
+    """The processes of a run, and what came of them."""
+
+    def __init__(self, options: Any, folder: str) -> None:
+        self._options = options
+        self._folder = folder
+        self._results: list[dict[str, Any]] = []
+        self._sides = options.side or list(SIDES[:2])
+        sizes = {(t, c) for t in options.tokens or [512] for c in options.completions or [32]}
+        self._cells = sorted(sizes, key=lambda cell: (cell[0] * cell[1], cell))
+        for _, completions in self._cells:
+            if completions < 2 or completions % min(8, completions):
+                raise SystemExit(f"--completions {completions}: 2 to 8, or a multiple of 8")
+
+    def run(self) -> None:
+        options = self._options
+        more = {k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile")}
+        jobs, written = [], []
+        for model in options.model or ["8b"]:
+            for method in options.method or ["lora"]:
+                for side in self._sides:
+                    job = {"side": side, "model": model, "method": method, "cells": self._cells, **more}
+                    job["checkpoint"] = None
+                    if options.checkpoint or side == "unsloth":
+                        job["checkpoint"] = str(Path(self._folder, model))
+                        made = {"side": "checkpoint", "model": model, "checkpoint": job["checkpoint"]}
+                        written += [made] if made not in written else []
+                    jobs.append(job)
+        # The checkpoints first, and alone.
+        processes.run(__file__, written, self._on_result, self._on_end, limit=options.limit)
+        processes.run(
+            __file__, jobs, self._on_result, self._on_end, limit=options.limit, at_once=options.parallel
+        )  # fmt: skip
+
+    def _on_result(self, job: dict[str, Any], result: dict[str, Any]) -> None:
+        if job["side"] == "checkpoint":
+            return
+        done = [r for r in self._results if all(r[k] == job[k] for k in ("model", "method", "side"))]
+        if "tokens" not in result:  # an error, of the cell that was next
+            left = [cell for cell in self._cells if cell not in {(r["tokens"], r["completions"]) for r in done}]
+            for number, (tokens, completions) in enumerate(left):
+                error = result["error"] if not number else "the process had ended in a smaller cell"
+                self._add(job, {"tokens": tokens, "completions": completions, "error": error})
+        else:
+            self._add(job, result)
+
+    def _add(self, job: dict[str, Any], result: dict[str, Any]) -> None:
+        settings = {k: job[k] for k in ("model", "method", "side", "steps", "share", "rank")}
+        self._results.append({**settings, "from_checkpoint": job["checkpoint"] is not None, **result})
+        if self._options.json:
+            self._options.json.write_text(json.dumps(self._results, indent=1))
+        shown = result.get("error") or f"{result['step']:.3g} s a step"
+        name = f"{job['model']} {job['method']} {job['side']}"
+        print(f"{name}, {result['completions']} x {result['tokens']} tokens: {shown}", flush=True)
+
+    def _on_end(self, child: processes.Child) -> None:
+        job, problem = child.job, child.problem()
+        lines = child.lines()
+        for line in lines:
+            if line.startswith("PROFILE "):
+                print(line.removeprefix("PROFILE "))
+        if job.get("verbose"):
+            print(f"\n{job['model']} {job['method']} {job['side']}: what took how long")
+            while_building = itertools.takewhile(lambda line: line != READY, lines)
+            print("\n".join("  " + line for line in processes.seconds_said(while_building)), flush=True)
+        if problem is not None:
+            processes.show_failure(child)
+            if job["side"] == "checkpoint":
+                raise SystemExit(f"the checkpoint could not be written: {problem}")
+            self._on_result_missing(job, problem)
+        if job["side"] != "checkpoint":
+            self._print_when_complete(job)
+
+    def _on_result_missing(self, job: dict[str, Any], problem: str) -> None:
+        """A process that died without a word."""
+        done = [r for r in self._results if all(r[k] == job[k] for k in ("model", "method", "side"))]
+        if len(done) < len(self._cells):
+            self._on_result(job, {"error": problem})
+
+    def _print_when_complete(self, job: dict[str, Any]) -> None:
+        of_group = [r for r in self._results if all(r[k] == job[k] for k in ("model", "method"))]
+        if len(of_group) < len(self._cells) * len(self._sides):
+            return
+        for tokens, completions in self._cells:
+            found = [r for r in of_group if (r["tokens"], r["completions"]) == (tokens, completions)]
+            found.sort(key=lambda r: self._sides.index(r["side"]))
+            title = f"{job['model']} {job['method']}, {completions} x {tokens} tokens"
+            if self._options.checkpoint:
+                title += ", from a checkpoint"
+            if self._options.parallel > 1:
+                title += f" ({self._options.parallel} processes at the same time, each with a GPU of its own)"
+            print_table(title, found)
 
 
-def print_table(cell: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    print(f"\n{cell['model']} {cell['method']}, {cell['completions']} x {cell['tokens']} tokens")
+def print_table(title: str, results: list[dict[str, Any]]) -> None:
+    print(f"\n{title}")
     print(f"| {'':34} | " + " | ".join(f"{r['side']:>9}" for r in results) + " |")
     print("|---|" + "---:|" * len(results))
     for key, label in PHASES:
@@ -124,316 +195,271 @@ def print_table(cell: dict[str, Any], results: list[dict[str, Any]]) -> None:
             print(f"{result['side']} did not run: {result['error']}")
 
 
-# One side -----------------------------------------------------------------------------------------------------------
+# One process --------------------------------------------------------------------------------------------------------
 
 
-def one_run(
-    *, side: str, model: str, method: str, tokens: int, completions: int, steps: int, share: float, rank: int,
-    profile: bool,
-) -> dict[str, Any]:  # fmt: skip
-    if side != "stock":
+def write_checkpoint(job: dict[str, Any]) -> None:
+    import torch
+
+    model, tokenizer = make_model(job["model"], "full", job["checkpoint"], torch.cuda.is_available())
+    model.save_pretrained(job["checkpoint"])
+    tokenizer.save_pretrained(job["checkpoint"])
+
+
+def measure(job: dict[str, Any]) -> None:
+    """Build the trainer once, and train it in each cell."""
+    side = job["side"]
+    if side == "unsloth":
+        os.environ["UNSLOTH_VLLM_STANDBY"] = "1"
+        import unsloth  # noqa: F401  (before TRL and transformers)
+    elif side != "stock":
         os.environ["UNSLOTH_VLLM_STANDBY"] = "1"
         from patchfastrl import PatchFastRL
 
         PatchFastRL(rollouts={"adapter": "adapter"}.get(side))
     import torch
-    from peft import LoraConfig
     from transformers import set_seed
-    from trl import GRPOConfig, GRPOTrainer
-
-    import trl.generation.vllm_generation as generation  # isort: skip
 
     on_gpu = torch.cuda.is_available()
-    memory = Memory(on_gpu)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        stack.enter_context(memory)
-        policy, tokenizer = make_model(model, method, folder, on_gpu)
-        memory.mark("model")
-        if side == "stock":
-            generation.LLM = functools.partial(generation.LLM, load_format="dummy")  # TRL pushes the weights anyway
-            if not on_gpu:
-                stack.enter_context(stock_on_cpu(generation))
-        per_device = min(8, completions)
-        args = GRPOConfig(
-            output_dir=folder, use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=on_gpu,
-            vllm_gpu_memory_utilization=share, vllm_max_model_length=64 + tokens + 16,
-            per_device_train_batch_size=per_device, gradient_accumulation_steps=completions // per_device,
-            num_generations=per_device, max_completion_length=tokens, max_steps=steps, logging_steps=1, report_to=[],
-            save_strategy="no", disable_tqdm=True, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False}, learning_rate=1e-6, beta=0.0,
-            generation_kwargs={"ignore_eos": True},
-        )  # fmt: skip
-        adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        start = time.perf_counter()
-        trainer = GRPOTrainer(
-            model=policy,
-            reward_funcs=lambda completions, **kwargs: [random.random() for _ in completions],
-            args=args,
-            train_dataset=prompts(completions * steps),
-            processing_class=tokenizer,
-            peft_config=None if method == "full" else adapter,
-        )
-        clock = Clock(trainer, torch if on_gpu else None)
-        ready = time.perf_counter() - start
-        if on_gpu or side != "stock":  # vLLM's CPU build cannot sleep by itself
-            trainer.vllm_generation.llm.sleep(level=2 if side == "stock" else 1)
+        memory = stack.enter_context(Memory(on_gpu))
+        build = unsloth_trainer if side == "unsloth" else trl_trainer
+        trainer, llm, ready = build(job, folder, memory, stack, on_gpu)
+        clock = Clock(trainer, llm, memory.begin, on_gpu)
+        if side != "unsloth" and (on_gpu or side != "stock"):  # vLLM's CPU build cannot sleep by itself
+            llm.sleep(level=2 if side == "stock" else 1)
         if on_gpu:
             torch.cuda.empty_cache()
         memory.mark("ready")
-        if profile:
-            clock.profile_step = steps - 1
-        trainer.train()
-        memory.mark("end")
-        logs = [line for line in trainer.state.log_history if "sampling/sampling_logp_difference/mean" in line]
-        figures = clock.medians()
-        mean, largest = (
-            [line[f"sampling/sampling_logp_difference/{kind}"] for line in logs] for kind in ("mean", "max")
-        )
-        return {
-            **figures,
-            "ready": ready,
-            "memory_ready": memory.marks["ready"],
-            "memory_end": memory.marks["end"],
-            "memory_peak": max(size for _, size in memory.samples),
-            "difference": statistics.mean(mean),
-            "difference_max": max(largest),
-            "memory": memory.samples,
-            "marks": memory.times,
-            "spans": clock.spans,
-            **versions(),
-        }
+        if job["verbose"]:
+            for name, sizes in memory.details.items():
+                print(f"\nTOOK {memory.times[name]:8.2f} s  until {name}: " + gib(sizes))
+        print(f"\n{READY}", flush=True)
+        common = {"ready": ready, "memory_ready": memory.marks["ready"], "details": memory.details,
+                  "marks": memory.times, **versions()}  # fmt: skip
+        if side == "unsloth":
+            del common["memory_ready"]  # its engine is not asleep yet
+        stop_at(trainer, job["deadline"])
+        for number, (tokens, completions) in enumerate(job["cells"]):
+            cell = {"tokens": tokens, "completions": completions}
+            if time.time() > job["deadline"]:
+                result: dict[str, Any] = {"error": "left out: the time limit of its process was over"}
+            else:
+                result = {**common, **one_cell(trainer, clock, memory, job, tokens, completions)}
+                if number and "first" in result:
+                    del result["first"]  # everything was warm
+            processes.report(job, {**cell, **result})
+            if on_gpu:
+                torch.cuda.empty_cache()
 
 
-def versions() -> dict[str, str]:
-    from importlib import metadata
+def gib(sizes: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size:.2f} GiB" for name, size in sizes.items())
 
-    found = {name: metadata.version(name) for name in ("trl", "torch", "transformers", "peft")}
+
+def configuration(job: dict[str, Any], folder: str, on_gpu: bool, **more: Any) -> Any:
+    """GRPO's, for the largest cell; `more` wins."""
+    from trl import GRPOConfig
+
+    tokens = max(t for t, _ in job["cells"])
+    completions = max(c for _, c in job["cells"])
+    per_device = min(8, completions)
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": job["share"],
+        "vllm_max_model_length": PROMPT + tokens + 16,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": completions // per_device,
+        "num_generations": per_device,
+        "max_completion_length": tokens,
+        "max_steps": job["steps"],
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": True,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "beta": 0.0,
+        "generation_kwargs": {"ignore_eos": True},
+    }
+    return GRPOConfig(**{**settings, **more})
+
+
+def given(job: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's other arguments."""
+    return {
+        "reward_funcs": lambda completions, **kwargs: [random.random() for _ in completions],
+        "train_dataset": prompts(max(c for _, c in job["cells"]) * job["steps"], PROMPT),
+    }
+
+
+def trl_trainer(
+    job: dict[str, Any], folder: str, memory: Memory, stack: contextlib.ExitStack, on_gpu: bool
+) -> tuple[Any, Any, float]:
+    """Stock TRL's trainer or the patched one, its engine, and the seconds that it took."""
+    from peft import LoraConfig
+    from trl import GRPOTrainer
+
+    import trl.generation.vllm_generation as generation  # isort: skip
+
+    side, method, checkpoint = job["side"], job["method"], job["checkpoint"]
+    model: Any = checkpoint
+    extra: dict[str, Any] = {}
+    if checkpoint is None:
+        model, extra["processing_class"] = make_model(job["model"], method, folder, on_gpu)
+        memory.mark("model")
+        loading = {}
+    else:
+        extra["processing_class"] = tokenizer_of(checkpoint)
+        loading = {"model_init_kwargs": {"dtype": "bfloat16" if on_gpu else "float32"}}
+        if method == "qlora":
+            extra["quantization_config"] = four_bits(on_gpu)
+    if side == "stock":
+        if checkpoint is None:  # TRL pushes the weights anyway
+            generation.LLM = functools.partial(generation.LLM, load_format="dummy")
+        if not on_gpu:
+            stack.enter_context(stock_on_cpu(generation))
+    if job["verbose"]:
+        say_what_takes_long(side)
+    rank = job["rank"]
+    adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    args = configuration(
+        job, folder, on_gpu, vllm_enable_sleep_mode=on_gpu,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, **loading,
+    )  # fmt: skip
+    start = time.perf_counter()
+    trainer = GRPOTrainer(
+        model=model, args=args, peft_config=None if method == "full" else adapter, **given(job), **extra
+    )
+    return trainer, trainer.vllm_generation.llm, time.perf_counter() - start
+
+
+def say_what_takes_long(side: str) -> None:
+    """The parts of building that vLLM's log has no line for."""
     import vllm
+    from trl.trainer import grpo_trainer
 
-    return {**found, "vllm": vllm.__version__}
+    say_times(grpo_trainer, "create_model_from_path", "reading the trainer's model")
+    say_times(vllm.LLM, "__init__", "vLLM's engine in all")
+    if side != "stock":
+        from patchfastrl import engine, sharing
+
+        say_times(engine, "build", "the shared engine in all")
+        say_times(engine, "audit", "audit of the shared engine")
+        say_times(sharing, "make_plan", "tracing vLLM's loading")
+        say_times(sharing, "materialise", "laying out the shared weights")
 
 
-def make_model(shape: str, method: str, folder: str, on_gpu: bool) -> tuple[Any, Any]:
-    """A model of this shape with random weights on the device, and a tokenizer with a word for each of its tokens."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def unsloth_trainer(
+    job: dict[str, Any], folder: str, memory: Memory, stack: contextlib.ExitStack, on_gpu: bool
+) -> tuple[Any, Any, float]:
+    """The trainer as Unsloth's documentation makes one, its engine, and the seconds that it took."""
+    if job["method"] == "full":
+        raise RuntimeError("Unsloth has no full fine-tuning with vLLM")
+    start = time.perf_counter()
+    from trl import GRPOTrainer
+    from unsloth import FastLanguageModel
 
-    kind, settings = SHAPES[shape]
-    config = getattr(transformers, f"{kind}Config")(**settings, max_position_embeddings=65536, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0)  # fmt: skip
-    words = ["<p>", "<e>", *(f"w{n}" for n in range(config.vocab_size - 2))]
-    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<p>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<e>", pad_token="<p>", padding_side="left"
+    with said("Unsloth's model and engine"):
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=job["checkpoint"],
+            max_seq_length=PROMPT + max(t for t, _ in job["cells"]) + 16,
+            load_in_4bit=job["method"] == "qlora",
+            fast_inference=True,
+            max_lora_rank=job["rank"],
+            gpu_memory_utilization=job["share"],
+            fix_tokenizer=False,
+            use_exact_model_name=True,
+        )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=job["rank"],
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        lora_alpha=job["rank"],
+        use_gradient_checkpointing="unsloth",
+        random_state=0,
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if on_gpu else torch.float32)
-    try:
-        with torch.device("cuda" if on_gpu else "cpu"):
-            made = getattr(transformers, f"{kind}ForCausalLM")(config)
-    finally:
-        torch.set_default_dtype(before)
-    config.architectures = [f"{kind}ForCausalLM"]
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    made.config._name_or_path = made.name_or_path = folder
-    if method == "qlora":
-        made = in_4_bits(made)
-    return made, tokenizer
-
-
-def in_4_bits(model: Any) -> Any:
-    """What `from_pretrained(quantization_config=...)` makes of a checkpoint, without one."""
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers import BitsAndBytesConfig
-    from transformers.quantizers import AutoHfQuantizer
-
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=model.dtype)  # fmt: skip
-    for path, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            parent, _, leaf = path.rpartition(".")
-            device = module.weight.device
-            with torch.device("meta"):
-                packed = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None,
-                                    compute_dtype=model.dtype, quant_type="nf4", compress_statistics=True)  # fmt: skip
-            packed.weight = Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4").to(device)
-            packed.bias = module.bias
-            setattr(model.get_submodule(parent), leaf, packed)
-    model.config.quantization_config = settings
-    model.is_quantized = model.is_loaded_in_4bit = True
-    model.quantization_method = settings.quant_method
-    model.hf_quantizer = AutoHfQuantizer.from_config(settings)
-    return model
-
-
-def prompts(n: int) -> Any:
-    from datasets import Dataset
-
-    chosen = random.Random(0)
-    return Dataset.from_dict({"prompt": [" ".join(f"w{chosen.randrange(500)}" for _ in range(64)) for _ in range(n)]})
-
-
-@contextlib.contextmanager
-def stock_on_cpu(generation: Any) -> Iterator[None]:
-    """vLLM's CPU build repacks linear weights so that they cannot be loaded again; and it needs a small KV cache."""
-    from vllm.model_executor.layers import linear
-
-    before = linear.UnquantizedLinearMethod.process_weights_after_loading
-    linear.UnquantizedLinearMethod.process_weights_after_loading = lambda self, layer: setattr(
-        layer, "cpu_linear", lambda x, weight, bias: __import__("torch").nn.functional.linear(x, weight, bias)
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer_of(job["checkpoint"]),
+        args=configuration(job, folder, on_gpu),
+        **given(job),
     )
-    generation.LLM = functools.partial(
-        generation.LLM, enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, dtype="float32"
-    )
-    try:
-        yield
-    finally:
-        linear.UnquantizedLinearMethod.process_weights_after_loading = before
+    return trainer, model.vllm_engine, time.perf_counter() - start
 
 
-# Measuring ----------------------------------------------------------------------------------------------------------
+# One cell -----------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds of each phase of each step, and when they were, for the plot."""
-
-    def __init__(self, trainer: Any, torch: Any) -> None:
-        self._torch = torch
-        self._begin = time.perf_counter()
-        self.spans: list[tuple[str, float, float]] = []
-        self._steps: list[dict[str, list[float]]] = []
-        self._now: dict[str, list[float]] = defaultdict(list)
-        self.profile_step: int | None = None
-        engine, llm = trainer.vllm_generation, trainer.vllm_generation.llm
-        kind = type(trainer)  # replaced on the instance they would look like somebody else's
-        self._wrap(kind, "_generate_and_score_completions", "rollout")
-        self._wrap(llm, "generate", "generate")
-        self._wrap(engine, "sync_weights", "weights")
-        self._wrap(llm, "sleep", "standby")
-        self._wrap(llm, "wake_up", "standby")
-        if hasattr(llm, "publish"):
-            self._wrap(llm, "publish", "weights")
-        self._wrap(kind, "_get_per_token_logps_and_entropies", "logprobs", when="rollout")
-        self._wrap(kind, "training_step", "training_step")
-        before, clock = kind.training_step, self
-
-        @functools.wraps(before)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if clock.profile_step == len(clock._steps) and len(clock._now["training_step"]) == 1:
-                return clock._profiled(lambda: before(*args, **kwargs))
-            return before(*args, **kwargs)
-
-        kind.training_step = counted
-        from transformers import TrainerCallback
-
-        class Steps(TrainerCallback):
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                clock._end_step()
-
-        trainer.add_callback(Steps())
-        self._step_began: float | None = None
-        self._inside: list[str] = []
-
-    def _wrap(self, owner: Any, name: str, phase: str, when: str | None = None) -> None:
-        before: Callable[..., Any] = getattr(owner, name)
-
-        @functools.wraps(before)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if phase in self._inside or (when is not None and when not in self._inside):
-                return before(*args, **kwargs)
-            start = self._time()
-            if self._step_began is None:
-                self._step_began = start
-            self._inside.append(phase)
-            try:
-                return before(*args, **kwargs)
-            finally:
-                self._inside.remove(phase)
-                end = self._time()
-                self._now[phase].append(end - start)
-                self.spans.append((phase, start, end))
-
-        setattr(owner, name, timed)
-
-    def _time(self) -> float:
-        if self._torch is not None:
-            self._torch.cuda.synchronize()
-        return time.perf_counter() - self._begin
-
-    def _end_step(self) -> None:
-        now = self._time()
-        assert self._step_began is not None
-        self._now["step"].append(now - self._step_began)
-        self._steps.append(dict(self._now))
-        self._now, self._step_began = defaultdict(list), None
-
-    def _profiled(self, call: Callable[[], Any]) -> Any:
-        from torch.profiler import ProfilerActivity, profile
-
-        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._torch is not None else [])
-        with profile(activities=kinds) as found:
-            result = call()
-            self._time()
-        key = "self_cuda_time_total" if self._torch is not None else "self_cpu_time_total"
-        for line in found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90).splitlines():
-            print("PROFILE " + line[:95] + line[-110:])
-        return result
-
-    def medians(self) -> dict[str, float]:
-        late = self._steps[1:]
-        figures = {
-            phase: statistics.median(sum(step.get(phase, [0.0])) for step in late)
-            for phase in ("step", "rollout", "generate", "weights", "standby", "logprobs")
+def one_cell(
+    trainer: Any, clock: Clock, memory: Memory, job: dict[str, Any], tokens: int, completions: int
+) -> dict[str, Any]:
+    aim(trainer, tokens, completions, job["steps"])
+    clock.start_over()
+    if job["profile"]:
+        clock.profile_step = job["steps"] - 1
+    begin = time.perf_counter() - memory.begin
+    trainer.train()
+    memory.mark("end")
+    if len(clock.steps) < 2:
+        return {"error": f"the time limit of its process was over after {len(clock.steps)} steps"}
+    lengths = figures_of(trainer, "completions/mean_length")
+    if set(lengths) != {float(tokens)}:
+        raise RuntimeError(f"completions of {sorted(set(lengths))} tokens were trained on instead of {tokens}")
+    found = {}
+    if mean := figures_of(trainer, "sampling/sampling_logp_difference/mean"):
+        found = {
+            "difference": statistics.mean(mean),
+            "difference_max": max(figures_of(trainer, "sampling/sampling_logp_difference/max")),
         }
-        figures["weights"] *= 1e3
-        figures["standby"] *= 1e3
-        # The first micro-step of a step contains the rollout.
-        figures["micro"] = statistics.median(t for step in late for t in step["training_step"][1:] or [0.0])
-        figures["first"] = self._steps[0]["step"][0]
-        return figures
+    samples = memory.between(begin, memory.times["end"])
+    return {
+        **clock.medians(),
+        **found,
+        "steps_measured": len(clock.steps) - 1,
+        "step_seconds": [sum(step["step"]) for step in clock.steps],
+        "memory_end": memory.marks["end"],
+        "memory_peak": max(size for _, size in samples),
+        "memory": samples,
+        "spans": clock.spans,
+    }
 
 
-class Memory(contextlib.AbstractContextManager[Any]):
-    """GiB in use on the device, every 20 ms, seen from the driver."""
+def figures_of(trainer: Any, name: str) -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
 
-    def __init__(self, on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
-        self.samples: list[tuple[float, float]] = []
-        self.marks: dict[str, float] = {}
-        self.times: dict[str, float] = {}
-        self._stop = threading.Event()
-        self._begin = time.perf_counter()
 
-    def _now(self) -> float:
-        if self._on_gpu:
-            import torch
+def aim(trainer: Any, tokens: int, completions: int, steps: int) -> None:
+    """Make the next `train()` one of this cell, on a trainer that was built for one at least as large.
 
-            free, total = torch.cuda.mem_get_info()
-            return (total - free) / 2**30
-        import psutil
+    In TRL 1.10 to 1.16 the sampler, the data loader, the loop and the engine's request read these when they are made
+    or used, and nothing else remembers a batch size or a length.
+    """
+    args, per_device = trainer.args, min(8, completions)
+    args.max_steps = steps
+    args.per_device_train_batch_size = args.num_generations = trainer.num_generations = per_device
+    args.gradient_accumulation_steps = args.steps_per_generation = completions // per_device
+    args.generation_batch_size = completions
+    args.max_completion_length = trainer.max_completion_length = tokens
+    if hasattr(trainer, "vllm_generation"):
+        trainer.vllm_generation.max_completion_length = tokens
+    trainer._step, trainer._buffered_inputs = 0, None
 
-        return psutil.Process().memory_info().rss / 2**30
 
-    def mark(self, name: str) -> None:
-        self.marks[name], self.times[name] = self._now(), time.perf_counter() - self._begin
+def stop_at(trainer: Any, deadline: float) -> None:
+    from transformers import TrainerCallback
 
-    def __enter__(self) -> Memory:
-        def watch() -> None:
-            while not self._stop.wait(0.02):
-                self.samples.append((round(time.perf_counter() - self._begin, 3), round(self._now(), 3)))
+    class Deadline(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= time.time() > deadline
 
-        self._thread = threading.Thread(target=watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self._stop.set()
-        self._thread.join()
+    trainer.add_callback(Deadline())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/plot.py out.json [more.json ...] --folder benchmarks/figures
 
-Writes memory.png and phases.png. Files are read in order; of two results for the same side the later one counts.
+Writes memory.png and phases.png. Files are read in order; of two results for the same side the later one counts, which
+is the largest cell of `grid.py`'s last model and method.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"stock": "#888888", "patched": "#1f77b4", "adapter": "#9ecae1"}
+COLOURS = {"stock": "#888888", "patched": "#1f77b4", "adapter": "#9ecae1", "unsloth": "#ff7f0e"}
 PARTS = (
     ("generate", "llm.generate", 1.0),
     ("weights", "weights to the engine", 1e-3),
@@ -48,9 +49,7 @@ def memory(results: dict[str, Any], file: Path) -> None:
     for side, result in results.items():
         starts = [start for phase, start, _ in result["spans"] if phase == "rollout"]
         begin, end = starts[2], starts[4] if len(starts) > 4 else result["spans"][-1][2]
-        # The clock of the phases starts when the trainer is ready.
-        ready = result["marks"]["ready"]
-        points = [(t - ready - begin, size) for t, size in result["memory"] if begin <= t - ready <= end]
+        points = [(t - begin, size) for t, size in result["memory"] if begin <= t <= end]
         axes.step(*zip(*points, strict=True), where="post", label=side, color=COLOURS[side])
     axes.set_xlabel("seconds from the beginning of a step")
     axes.set_ylabel("device memory in use, GiB")

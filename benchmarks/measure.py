@@ -1,0 +1,213 @@
+"""Seconds of each phase of each step, and the device's memory over time, on one clock."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SUMS = ("step", "rollout", "generate", "weights", "standby", "logprobs")
+
+
+class Clock:
+    """Seconds of each phase of each step, and when they were, for the plot. One for each trainer."""
+
+    def __init__(self, trainer: Any, llm: Any, begin: float, on_gpu: bool) -> None:
+        self._begin = begin
+        self._on_gpu = on_gpu
+        self._inside: list[str] = []
+        self.profile_step: int | None = None
+        self.start_over()
+        generation = getattr(trainer, "vllm_generation", None)
+        kind = type(trainer)  # replaced on the instance they would look like somebody else's
+        for owner, name, phase in (
+            (kind, "_generate_and_score_completions", "rollout"),
+            (llm, "generate", "generate"),
+            (generation, "sync_weights", "weights"),
+            (llm, "sleep", "standby"),
+            (llm, "wake_up", "standby"),
+            (llm, "publish", "weights"),
+            (kind, "_get_per_token_logps_and_entropies", "logprobs"),
+            (kind, "training_step", "training_step"),
+        ):
+            if hasattr(owner, name):  # only ours can publish; not every side's trainer is TRL's
+                self._wrap(owner, name, phase)
+        before, clock = kind.training_step, self
+
+        @functools.wraps(before)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if clock.profile_step == len(clock.steps) and len(clock._now["training_step"]) == 1:
+                return clock._profiled(lambda: before(*args, **kwargs))
+            return before(*args, **kwargs)
+
+        kind.training_step = counted
+        from transformers import TrainerCallback
+
+        class Steps(TrainerCallback):
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                clock._step_began = clock.now()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                clock._end_step()
+
+        trainer.add_callback(Steps())
+
+    def start_over(self) -> None:
+        """What was measured is forgotten: another cell begins."""
+        self.spans: list[tuple[str, float, float]] = []
+        self.steps: list[dict[str, list[float]]] = []
+        self._now: dict[str, list[float]] = defaultdict(list)
+        self._step_began = 0.0
+
+    def now(self) -> float:
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter() - self._begin
+
+    def _wrap(self, owner: Any, name: str, phase: str) -> None:
+        before: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(before)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            # Scoring with the model is a phase of the rollout; the training step's own is not.
+            if phase in self._inside or (phase == "logprobs" and "rollout" not in self._inside):
+                return before(*args, **kwargs)
+            start = self.now()
+            self._inside.append(phase)
+            try:
+                return before(*args, **kwargs)
+            finally:
+                self._inside.remove(phase)
+                end = self.now()
+                self._now[phase].append(end - start)
+                self.spans.append((phase, round(start, 4), round(end, 4)))
+
+        setattr(owner, name, timed)
+
+    def _end_step(self) -> None:
+        self._now["step"].append(self.now() - self._step_began)
+        self.steps.append(dict(self._now))
+        self._now = defaultdict(list)
+
+    def _profiled(self, call: Callable[[], Any]) -> Any:
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._on_gpu else [])
+        with profile(activities=kinds) as found:
+            result = call()
+            self.now()
+        key = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
+        for line in found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90).splitlines():
+            print("\nPROFILE " + line[:95] + line[-110:], end="")
+        print(flush=True)
+        return result
+
+    def medians(self) -> dict[str, float]:
+        """Of the steps after the first."""
+        late = self.steps[1:]
+        figures = {phase: statistics.median(sum(step.get(phase, [0.0])) for step in late) for phase in SUMS}
+        figures["weights"] *= 1e3
+        figures["standby"] *= 1e3
+        figures["micro"] = statistics.median(t for step in late for t in _micro_steps(step))
+        figures["first"] = sum(self.steps[0]["step"])
+        return figures
+
+
+def _micro_steps(step: dict[str, list[float]]) -> list[float]:
+    """The first micro-step of a step contains the rollout, and what it leaves in the caches."""
+    first, *others = step["training_step"]
+    return others or [first - sum(step["rollout"])]
+
+
+class Memory(contextlib.AbstractContextManager[Any]):
+    """GiB in use on the device, every 20 ms, seen from the driver (on a CPU: the resident set).
+
+    Args:
+        besides: GiB of somebody else's, which are not counted.
+
+    Attributes:
+        begin: when the clock started (`time.perf_counter()`).
+        samples: (seconds, GiB). marks: GiB, by name. times: seconds, by name.
+    """
+
+    def __init__(self, on_gpu: bool, besides: float = 0.0) -> None:
+        self._on_gpu = on_gpu
+        self._besides = besides
+        self.begin = time.perf_counter()
+        self.samples: list[tuple[float, float]] = []
+        self.marks: dict[str, float] = {}
+        self.times: dict[str, float] = {}
+        self.details: dict[str, dict[str, float]] = {}
+        self._stop = threading.Event()
+
+    def used(self) -> float:
+        if self._on_gpu:
+            import torch
+
+            free, total = torch.cuda.mem_get_info()
+            return (total - free) / 2**30 - self._besides
+        import psutil
+
+        return psutil.Process().memory_info().rss / 2**30
+
+    def mark(self, name: str) -> None:
+        self.marks[name], self.times[name] = self.used(), time.perf_counter() - self.begin
+        self.details[name] = {"driver": self.marks[name]}
+        if self._on_gpu:
+            import torch
+
+            self.details[name] |= {
+                "reserved": torch.cuda.memory_reserved() / 2**30,
+                "allocated": torch.cuda.memory_allocated() / 2**30,
+            }
+
+    def between(self, begin: float, end: float) -> list[tuple[float, float]]:
+        return [(t, size) for t, size in self.samples if begin <= t <= end]
+
+    def __enter__(self) -> Memory:
+        if self._on_gpu:
+            import torch
+
+            torch.zeros(1, device="cuda")
+        self.mark("context")  # of CUDA, before there is anything in it
+
+        def watch() -> None:
+            while not self._stop.wait(0.02):
+                self.samples.append((round(time.perf_counter() - self.begin, 3), round(self.used(), 3)))
+
+        self._thread = threading.Thread(target=watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def said(what: str) -> Iterator[None]:
+    """Print how long it took, for `--verbose`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        print(f"\nTOOK {time.perf_counter() - start:8.2f} s  {what}", flush=True)
+
+
+def say_times(owner: Any, name: str, what: str) -> None:
+    """Let a function of somebody else's say how long each call took."""
+    before = getattr(owner, name)
+
+    @functools.wraps(before)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with said(what):
+            return before(*args, **kwargs)
+
+    setattr(owner, name, timed)

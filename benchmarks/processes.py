@@ -1,0 +1,170 @@
+"""Measuring in processes of their own: results one by one as they come, and an end for each process.
+
+A script calls `run` with a list of jobs; each becomes `script --child JOB`, which calls `report` for each of its
+results. What a process printed is kept and shown if it fails. No process outlives its limit or the script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+GRACE = 30  # seconds after its limit until a process that did not end by itself is killed
+
+
+class Child:
+    """One process. `device`: which of the visible GPUs it may see; None: all."""
+
+    def __init__(self, script: str, job: dict[str, Any], limit: float, device: int | None) -> None:
+        self.job = job
+        self._folder = tempfile.TemporaryDirectory(prefix="benchmark-")
+        self._results, self._log = Path(self._folder.name, "results"), Path(self._folder.name, "log")
+        self._results.touch()
+        self._read = 0
+        self._until = time.time() + limit + GRACE
+        self._killed = False
+        given = {**job, "results": str(self._results), "deadline": time.time() + limit}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, script, "--child", json.dumps(given)],
+                env=_environment(job, device),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def over(self) -> bool:
+        if self._process.poll() is None and time.time() > self._until:
+            self._killed = True
+            self.kill()
+        return self._process.poll() is not None
+
+    def kill(self) -> None:
+        """This process and what it started, by their ids."""
+        import psutil
+
+        if self._process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for started in psutil.Process(self._process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        started.kill()
+            self._process.kill()
+            self._process.wait()
+
+    def clean_up(self) -> None:
+        self._folder.cleanup()
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Those that have come since the last call."""
+        with self._results.open() as file:
+            file.seek(self._read)
+            while (line := file.readline()).endswith("\n"):
+                self._read = file.tell()
+                yield json.loads(line)
+
+    def lines(self) -> list[str]:
+        return self._log.read_text(errors="replace").splitlines()
+
+    def problem(self) -> str | None:
+        """Why it did not end well; None if it did."""
+        if self._killed:
+            return "killed: it did not end by itself after its time limit"
+        code = self._process.returncode
+        return None if code == 0 else f"the process ended with status {code}"
+
+
+def _environment(job: dict[str, Any], device: int | None) -> dict[str, str]:
+    # vLLM's cache of compiled graphs is keyed by its configuration, not by what is patched: one cache for each side.
+    cache = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache" / "vllm"), job["side"])
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "VLLM_CACHE_ROOT": str(cache)}
+    env.setdefault("VLLM_LOGGING_LEVEL", "INFO" if job.get("verbose") else "ERROR")
+    if device is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        env["CUDA_VISIBLE_DEVICES"] = visible[device] if visible != [""] else str(device)
+    return env
+
+
+def run(
+    script: str,
+    jobs: list[dict[str, Any]],
+    on_result: Callable[[dict[str, Any], dict[str, Any]], None],
+    on_end: Callable[[Child], None],
+    *,
+    limit: float,
+    at_once: int = 1,
+) -> None:
+    """Run the jobs in their order.
+
+    Args:
+        on_result: called with the job and each of its results, as they come.
+        on_end: called when a job's process is over.
+        limit: seconds for each process.
+        at_once: how many run at the same time, each with a GPU of its own.
+    """
+    waiting, running = list(jobs), {}
+    try:
+        while waiting or running:
+            for device in range(at_once):
+                if device not in running and waiting:
+                    job = waiting.pop(0)
+                    shown = " ".join(f"{k}={v}" for k, v in job.items())
+                    print(f"{time.strftime('%H:%M:%S')} {shown}", file=sys.stderr, flush=True)
+                    running[device] = Child(script, job, limit, device if at_once > 1 else None)
+            for device, child in list(running.items()):
+                over = child.over()
+                for result in child.results():
+                    on_result(child.job, result)
+                if over:
+                    del running[device]
+                    on_end(child)
+                    child.clean_up()
+            time.sleep(0.1)
+    finally:
+        for child in running.values():
+            child.kill()
+
+
+def report(job: dict[str, Any], result: dict[str, Any]) -> None:
+    """In the process: a result of this job."""
+    with open(job["results"], "a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+@contextlib.contextmanager
+def reported(job: dict[str, Any]) -> Iterator[None]:
+    """In the process: an error is the last result."""
+    try:
+        yield
+    except BaseException as error:
+        text = str(error).strip() or repr(error)
+        report(job, {"error": f"{type(error).__name__}: {text}"})
+        raise
+
+
+def show_failure(child: Child) -> None:
+    """The end of what a process printed."""
+    said = [line for line in child.lines() if not line.startswith("frame #")]
+    print("\n".join(said[-40:]), file=sys.stderr, flush=True)
+
+
+def seconds_said(lines: Iterable[str]) -> list[str]:
+    """The lines of a log that say how long something took."""
+
+    def says(line: str) -> bool:
+        words = [word.strip(",.;:()[]") for word in line.split()]
+        return any(_number(a) and b in ("s", "sec", "secs", "seconds") for a, b in itertools.pairwise(words))
+
+    return [line.strip() for line in lines if says(line)]
+
+
+def _number(word: str) -> bool:
+    return word.replace(".", "", 1).isdigit()

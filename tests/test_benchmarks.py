@@ -1,0 +1,69 @@
+"""The scripts of benchmarks/ in their small CPU mode: real runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def script(name: str, *arguments: Any, status: int = 0) -> str:
+    """What `benchmarks/NAME ARGUMENTS` prints."""
+    command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_grid_measures_several_cells_in_one_process_and_draws_them(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    said = script("grid.py", "--model", "tiny", "--side", "patched", "--tokens", 24, "--tokens", 16,
+                  "--completions", 16, "--completions", 4, "--steps", 5, "--verbose", "--json", file)  # fmt: skip
+    results = json.loads(file.read_text())
+    sizes = [(r["completions"], r["tokens"]) for r in results]
+    assert sizes == [(4, 16), (4, 24), (16, 16), (16, 24)]  # small ones first
+    for result in results:
+        assert "error" not in result
+        assert result["steps_measured"] == 4
+        assert 0 < result["generate"] < result["rollout"] < result["step"]
+        assert 0 < result["micro"] < result["step"]
+        assert result["difference_max"] < 1e-4
+        assert result["memory_peak"] >= max(size for _, size in result["memory"])
+        begin, end = result["memory"][0][0], result["memory"][-1][0]
+        assert all(begin - 0.1 < start <= stop < end + 0.1 for _, start, stop in result["spans"])
+    assert "first" in results[0]
+    assert not any("first" in result for result in results[1:])
+    assert said.count("| whole step, s") == 4
+    assert "audit of the shared engine" in said
+    assert "until context: driver" in said
+    script("plot.py", file, "--folder", tmp_path)
+    assert (tmp_path / "memory.png").stat().st_size > 1000
+    assert (tmp_path / "phases.png").stat().st_size > 1000
+
+
+def test_sides_at_the_same_time_from_a_checkpoint_and_one_that_cannot_run(tmp_path: Path) -> None:
+    """Unsloth needs a GPU: its error is its cell's, and nothing else is lost."""
+    file = tmp_path / "out.json"
+    said = script("grid.py", "--model", "tiny", "--side", "unsloth", "--side", "stock", "--tokens", 16,
+                  "--completions", 8, "--steps", 3, "--parallel", 2, "--checkpoint", "--json", file)  # fmt: skip
+    results = {result["side"]: result for result in json.loads(file.read_text())}
+    assert results["unsloth"]["error"].startswith(("ModuleNotFoundError: ", "ImportError: "))
+    assert "unsloth did not run: " in said
+    assert results["stock"]["step"] > 0
+    assert results["stock"]["from_checkpoint"]
+    assert results["stock"]["difference_max"] < 1e-4
+    assert "2 processes at the same time" in said
+
+
+def test_a_time_limit_is_kept_and_said(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    script("grid.py", "--model", "tiny", "--side", "patched", "--tokens", 8, "--completions", 8, "--completions", 16,
+           "--limit", 1, "--json", file)  # fmt: skip
+    results = json.loads(file.read_text())
+    assert [result["completions"] for result in results] == [8, 16]
+    assert "time limit" in results[0]["error"]  # before the first cell, or killed while it was imported
+    assert "error" in results[1]
