@@ -18,6 +18,7 @@ from .compat import cpu_standby, prefix_cache, request_ids
 from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
+from .recompute import Recompute
 from .slot import Slot
 from .structure import looked_at_once
 
@@ -38,6 +39,7 @@ class SharedLLM(LLM):
     shared: sharing.Shared
     slot: Slot | None
     copies: Copies | None
+    recompute: Recompute | None
     merging: bool  # whether an adapter is to be merged, if the copies hold all that it changes
     can_sleep: bool
     _end: weakref.finalize
@@ -47,6 +49,7 @@ class SharedLLM(LLM):
         self.publishes = 0
         self.slot = None
         self.copies = None
+        self.recompute = None
         self._closed: str | None = None
         self._failed = ""
         self._standby: cpu_standby.KVCacheStorages | None = None
@@ -216,6 +219,8 @@ class SharedLLM(LLM):
         """Release the KV cache. Weights stay where they are at every level (level 0 only pauses, as in vLLM)."""
         if not self.llm_engine.model_executor.is_sleeping:
             with self._timed("sleep"), uninterrupted(), _nothing_to_collect():
+                if level and self.recompute is not None:
+                    self.recompute.engine_sleeps()
                 if level and self.copies is not None:
                     self.copies.release()
                 super().sleep(min(level, 1), *args, **kwargs)
@@ -256,6 +261,7 @@ class SharedLLM(LLM):
         return {
             "bytes_shared": self.shared.bytes,
             "publishes": self.publishes,
+            "layers_kept": None if self.recompute is None else self.recompute.kept,
             "seconds": {k: self.seconds[k] for k in ("build", "publish", "generate", "sleep", "wake")},
         }
 
@@ -283,6 +289,8 @@ class SharedLLM(LLM):
             return
         self._closed = reason
         live.discard(self)
+        if self.recompute is not None:
+            self.recompute.remove()
         self._end()
         for name in list(vars(self)):
             if name not in ("_closed", "seconds", "publishes"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -36,6 +37,40 @@ def collect_rarely(wanted: bool) -> None:
     elif not wanted and _threshold is not None:
         gc.set_threshold(first, second, _threshold)
         _threshold = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A device's memory at one moment, in bytes.
+
+    Attributes:
+        total: all there is.
+        held: what is in use, by whomever, without what torch keeps at hand for its next allocations.
+        allocated: by torch.
+        peak: the largest `allocated` so far.
+    """
+
+    total: int
+    held: int
+    allocated: int
+    peak: int
+
+
+class Device:
+    """The memory of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def read(self) -> Reading:
+        free, total = torch.cuda.mem_get_info(self._device)
+        stats = torch.cuda.memory_stats(self._device)
+        allocated = stats["allocated_bytes.all.current"]
+        cached = stats["reserved_bytes.all.current"] - allocated
+        return Reading(total, total - free - cached, allocated, stats["allocated_bytes.all.peak"])
+
+    def forget_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
 
 
 def return_cached() -> None:

@@ -375,7 +375,8 @@ def engine_report(trainer_or_model: Any) -> dict[str, Any]:
     """What the shared engine of a trainer (or model) has done so far.
 
     Returns:
-        bytes_shared (int, bytes), publishes (int: adapter versions copied to the slot), seconds (dict: publish,
+        bytes_shared (int, bytes), publishes (int: adapter versions copied to the slot), layers_kept (int: layers that
+        keep their activations instead of being recomputed; None: as transformers does it), seconds (dict: publish,
         generate, sleep, wake, build).
     """
     owner = getattr(trainer_or_model, "vllm_generation", trainer_or_model)

@@ -30,7 +30,6 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 101,  # not a multiple of 64: the engine pads its vocabulary
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -41,10 +40,10 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def _config(family: str) -> Any:
+def _config(family: str, layers: int = 2) -> Any:
     import transformers as t
 
-    sizes = dict(_SIZES)
+    sizes = {**_SIZES, "num_hidden_layers": layers}
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     match family:
         case "qwen2":
@@ -82,12 +81,18 @@ def _config(family: str) -> Any:
 FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama", "mistral", "gemma", "gemma2", "phi3", "qwen3-moe")
 
 
-def model(family: str = "qwen2-tied", dtype: torch.dtype = torch.float32, seed: int = 0, positions: int = 256) -> Any:
+def model(
+    family: str = "qwen2-tied",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    positions: int = 256,
+    layers: int = 2,
+) -> Any:
     """A random model of a family, sharpened so that its greedy choices have no near-ties."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = _config(family)
+    config = _config(family, layers)
     config.max_position_embeddings = positions
     # Some transformers releases choose for Gemma 2 an attention that leaves its soft-capping out: another function.
     attention = {"attn_implementation": "eager"} if family == "gemma2" else {}

@@ -1,0 +1,523 @@
+"""Layers that keep their activations: the same numbers, and never more memory than the engine has released."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+
+from patchfastrl import PatchFastRL, memory, recompute
+from patchfastrl.errors import UnsupportedError
+from patchfastrl.recompute import Recompute, layers_kept
+
+pytestmark = pytest.mark.timeout(180)
+
+LAYERS = 4
+ROOM = 2**40
+
+
+class Tensors(TorchDispatchMode):
+    """The bytes of all tensors that were made since this was entered: a memory reading for the CPU, which has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self._storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, self.bytes())
+        return out
+
+    def bytes(self) -> int:
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        return sum(size for _, size in self._storages.values())
+
+    # As `memory.Device` -------------------------------------------------------------------------------------------
+
+    def read(self) -> memory.Reading:
+        allocated = self.bytes()
+        return memory.Reading(total=0, held=allocated, allocated=allocated, peak=self.peak)
+
+    def forget_peak(self) -> None:
+        self.peak = self.bytes()
+
+
+class Script:
+    """A model in training, its decisions, and what each of its steps took."""
+
+    def __init__(self, reentrant: bool = False, lora: bool = True, device: Any = None) -> None:
+        base = tiny.model("qwen2", layers=LAYERS)
+        self.model = tiny.adapted(base, lora_dropout=0.1) if lora else base
+        self.layers = list(base.model.layers)
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        base.enable_input_require_grads()
+        self.model.train()
+        self.stock = [layer._gradient_checkpointing_func for layer in self.layers]
+        self.tensors = Tensors()
+        self.recompute = Recompute(self.model, device or self.tensors)
+        self.calls: list[int] = []
+        for number, layer in enumerate(self.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, number=number: self.calls.append(number))
+
+    def sleep(self, room: int = ROOM) -> None:
+        self.model.zero_grad()
+        self.recompute.engine_sleeps()
+        assert self.recompute.limit is not None
+        self.recompute.limit += room + 1024  # the token ids, which come before the forward
+
+    def measured(self, *size: int, **kwargs: Any) -> Script:
+        """After a generation batch of which all is recomputed."""
+        self.sleep()
+        self.step(*size, **kwargs)
+        self.sleep()
+        return self
+
+    def forward(self, rows: int = 3, length: int = 12, **kwargs: Any) -> torch.Tensor:
+        ids = torch.tensor([tiny.ids(length, start=3 + row) for row in range(rows)])
+        logits = self.model(input_ids=ids, use_cache=False, **kwargs).logits
+        assert [layer._gradient_checkpointing_func for layer in self.layers] == self.stock
+        return logits.log_softmax(-1)[..., 3].sum()
+
+    def step(self, *size: int, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """One micro-step. Returns the gradients."""
+        self.calls.clear()
+        self.model.zero_grad()
+        torch.manual_seed(0)
+        with self.tensors:
+            self.forward(*size, **kwargs).backward()
+        return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+
+    @property
+    def recomputed(self) -> list[int]:
+        return [n for n in range(LAYERS) if self.calls.count(n) == 2]
+
+
+# The policy -----------------------------------------------------------------------------------------------------------
+
+SIZES = st.integers(0, 1000)
+LISTS = st.lists(st.integers(1, 300), max_size=12)
+
+
+@given(SIZES, SIZES, SIZES, LISTS)
+def test_as_many_as_fit_and_never_more(limit: int, held: int, rest: int, layers: list[int]) -> None:
+    kept = layers_kept(limit, held, rest, layers)
+    assert 0 <= kept <= len(layers)
+    if kept:
+        assert held + rest + sum(layers[-kept:]) <= limit
+    if kept < len(layers):
+        assert held + rest + sum(layers[-kept - 1 :]) > limit
+
+
+@given(SIZES, SIZES, SIZES, LISTS, SIZES)
+def test_more_memory_never_keeps_fewer(limit: int, held: int, rest: int, layers: list[int], more: int) -> None:
+    kept = layers_kept(limit, held, rest, layers)
+    assert layers_kept(limit + more, held, rest, layers) >= kept
+    assert layers_kept(limit, held + more, rest, layers) <= kept
+    assert layers_kept(limit, held, rest + more, layers) <= kept
+
+
+@given(SIZES, SIZES, LISTS)
+def test_nothing_is_kept_where_nothing_is_free(held: int, rest: int, layers: list[int]) -> None:
+    assert not layers or layers_kept(held + rest, held, rest, layers) == 0
+    assert not layers or layers_kept(0, held, rest, layers) == 0
+
+
+# What is measured, and that it holds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_never_beyond_the_limit(reentrant: bool, lora: bool) -> None:
+    """Bytes counted tensor by tensor, from nothing free to room for all layers. The gradients stay the same bits."""
+    script = Script(reentrant, lora)
+    script.tensors.forget_peak()
+    expected = script.step()
+    assert script.recompute.limit is None
+    assert script.recomputed == [0, 1, 2, 3]
+    stock = script.tensors.peak
+    script.measured()
+    assert script.recomputed == [0, 1, 2, 3]
+    (found,) = script.recompute._measured.values()
+    one, all_of_them = min(found.layers.values()), sum(found.layers.values())
+    kept = []
+    for room in (0, *(found.rest + all_of_them * part // 10 for part in range(12))):
+        script.sleep(room)
+        held = script.tensors.bytes()
+        script.tensors.forget_peak()
+        gradients = script.step()
+        kept.append(script.recompute.kept)
+        assert script.recomputed == list(range(LAYERS - script.recompute.kept))
+        assert script.tensors.peak <= max(script.recompute.limit, held + stock)
+        assert gradients.keys() == expected.keys()
+        assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert kept == sorted(kept)
+    assert set(kept) == set(range(LAYERS + 1))
+    assert one > 3 * 12 * 64 * 4  # a layer keeps more than its own input
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_keeps_what_was_measured(reentrant: bool) -> None:
+    script = Script(reentrant).measured()
+    (found,) = script.recompute._measured.values()
+
+    def after_forward(room: int) -> int:
+        script.sleep(room)
+        script.model.zero_grad()
+        with script.tensors:
+            before = script.tensors.bytes()
+            loss = script.forward()
+            taken = script.tensors.bytes() - before
+            loss.backward()
+        return taken
+
+    nothing, everything = after_forward(0), after_forward(ROOM)
+    assert script.recompute.kept == LAYERS
+    assert everything - nothing <= sum(found.layers.values()) <= 1.3 * (everything - nothing)
+
+
+def test_a_larger_micro_batch_is_measured_first() -> None:
+    script = Script().measured(2, 12)
+    kept = []
+    for rows, length, wanted in (
+        (2, 12, None),
+        (1, 8, None),  # smaller
+        (3, 12, None),  # more tokens
+        (3, 12, None),
+        (1, 20, None),  # a longer row
+        (1, 20, None),
+        (2, 12, 5),  # fewer logits
+    ):
+        script.step(rows, length, **({} if wanted is None else {"logits_to_keep": wanted}))
+        kept.append(script.recompute.kept)
+    assert kept == [4, 4, 0, 4, 0, 4, 4]
+
+
+def test_more_logits_are_measured_first() -> None:
+    script = Script().measured(3, 12, logits_to_keep=2)
+    kept = []
+    for wanted in (2, 1, 6, 6, 0, 12):
+        script.step(3, 12, logits_to_keep=wanted)
+        kept.append(script.recompute.kept)
+    assert kept == [4, 4, 0, 4, 0, 4]
+
+
+def test_the_first_generation_batch_is_recomputed() -> None:
+    script = Script()
+    script.step()
+    assert script.recomputed == [0, 1, 2, 3]
+    script.sleep()
+    for _ in range(3):
+        script.step()
+        assert script.recomputed == [0, 1, 2, 3]
+    script.sleep()
+    script.step()
+    assert script.recomputed == []
+
+
+def test_what_took_more_than_expected_is_remembered() -> None:
+    script = Script().measured()
+    (found,) = script.recompute._measured.values()
+    before = found.rest
+    with script.tensors:
+        loss = script.forward()
+        more = torch.zeros(2**20)
+        loss.backward()
+    assert script.recompute.kept == LAYERS
+    assert found.rest >= before + more.nbytes / 2
+    del more
+    script.sleep(before + sum(found.layers.values()))
+    script.step()
+    assert script.recompute.kept == 0
+
+
+def test_layers_of_different_size() -> None:
+    """Each counts with what itself keeps."""
+    script = Script(lora=False)
+    for layer, width in ((script.layers[0], 96), (script.layers[3], 960)):
+        for name in ("gate_proj", "up_proj"):
+            setattr(layer.mlp, name, torch.nn.Linear(64, width, bias=False))
+        layer.mlp.down_proj = torch.nn.Linear(width, 64, bias=False)
+    script.measured()
+    (found,) = script.recompute._measured.values()
+    first, second, third, last = found.layers.values()
+    assert first == second == third < last / 3
+    script.sleep(found.rest + last - 2048)
+    script.step()
+    assert script.recompute.kept == 0
+    script.sleep(found.rest + last + first)
+    script.step()
+    assert script.recompute.kept == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_several_forwards_before_backward(reentrant: bool) -> None:
+    """Only the first keeps; what it is measured by includes the others."""
+    script = Script(reentrant)
+
+    def step(*sizes: tuple[int, int]) -> tuple[list[int], dict[str, torch.Tensor]]:
+        script.model.zero_grad()
+        torch.manual_seed(0)
+        kept, losses = [], []
+        with script.tensors:
+            script.tensors.forget_peak()
+            for size in sizes:
+                losses.append(script.forward(*size))
+                kept.append(script.recompute.kept)
+            torch.stack(losses).sum().backward()
+            script.forward(*sizes[0]).backward()
+        return kept, {n: p.grad.clone() for n, p in script.model.named_parameters() if p.grad is not None}
+
+    sizes = ((1, 9), (1, 9), (1, 5))
+    _, expected = step(*sizes)
+    script.sleep()
+    assert step(*sizes)[0] == [0, 0, 0]
+    (found,) = script.recompute._measured.values()
+    seen = []
+    for part in (0, 3, 6, 9, 11):
+        script.sleep(found.rest + sum(found.layers.values()) * part // 10)
+        kept, gradients = step(*sizes)
+        seen.append(kept[0])
+        assert kept[1:] == [0, 0]
+        assert script.tensors.peak <= script.recompute.limit
+        assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_a_forward_without_backward() -> None:
+    script = Script()
+    script.sleep()
+    for kept in (0, LAYERS):
+        with script.tensors:
+            loss = script.forward()
+        script.step()
+        assert script.recomputed == [0, 1, 2, 3]  # it may still come
+        del loss
+        script.step()
+        assert script.recompute.kept == kept
+        script.sleep()
+
+
+# What stays as it is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["evaluation", "no gradients", "compiled", "router logits", "hidden states", "set"])
+def test_nothing_is_decided(case: str) -> None:
+    script = Script().measured()
+    kwargs = {"router logits": {"output_router_logits": True}, "hidden states": {"output_hidden_states": True}}
+    if case == "evaluation":
+        script.model.eval()
+    elif case == "set":
+        script.model.config.output_hidden_states = True
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(script.tensors, "read", None)
+        if case == "compiled":
+            patched.setattr(torch.compiler, "is_compiling", lambda: True)
+        script.calls.clear()
+        with torch.set_grad_enabled(case != "no gradients"):
+            loss = script.forward(**kwargs.get(case, {}))
+        if loss.requires_grad:
+            loss.backward()
+    assert script.recomputed == ([] if case in ("evaluation", "no gradients") else [0, 1, 2, 3])
+
+
+def test_a_layer_without_a_gradient_to_pass_on_is_recomputed() -> None:
+    """A reentrant checkpoint gives it no gradients of its own either."""
+    script = Script().measured()
+    script.model.get_input_embeddings()._forward_hooks.clear()
+    script.step()
+    assert script.recompute.kept == LAYERS
+    assert script.recomputed == [0]
+
+
+def test_a_layer_that_is_called_twice_keeps_once() -> None:
+    script = Script(lora=False)
+    script.model.model.layers = torch.nn.ModuleList([*script.layers[:3], script.layers[2]])
+    script.recompute.remove()
+    script.recompute = Recompute(script.model, script.tensors)  # type: ignore[arg-type]
+    script.sleep()
+    expected = script.step()
+    script.sleep()
+    gradients = script.step()
+    assert script.recompute.kept == 3
+    assert [script.calls.count(n) for n in range(3)] == [1, 1, 3]
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_every_other_layer_as_the_script_wants() -> None:
+    script = Script()
+    for layer in script.layers[::2]:
+        layer.gradient_checkpointing = False
+    script.measured()
+    assert script.recomputed == [1, 3]
+    script.step()
+    assert script.recomputed == []
+    script.layers[0].gradient_checkpointing = True  # measured without it
+    script.step()
+    assert script.recomputed == [0, 1, 3]
+
+
+def test_an_error_in_a_forward_leaves_the_layers_as_they_were() -> None:
+    script = Script().measured()
+    with pytest.raises(RuntimeError, match="here"), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(script.layers[2].mlp, "forward", _fail)
+        script.forward()
+    script.step()
+    assert script.recompute.kept == LAYERS
+
+
+def _fail(*args: Any) -> None:
+    raise RuntimeError("here")
+
+
+def test_a_copy_decides_for_itself() -> None:
+    script = Script(device=Numbers()).measured()
+    other = copy.deepcopy(script.model)
+    script.sleep(-ROOM)
+    other(input_ids=torch.tensor([tiny.ids()]), logits_to_keep=1).logits.sum().backward()
+    assert script.calls.count(0) == 1 + 2  # a hook of the test is not copied: the copy's layers count as well
+    script.step()
+    assert script.recomputed == [0, 1, 2, 3]
+
+
+def test_removed() -> None:
+    script = Script().measured()
+    script.recompute.remove()
+    script.step()
+    assert script.recomputed == [0, 1, 2, 3]
+
+
+def test_models_with_more_than_one_stack_are_left_alone() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+    two = T5ForConditionalGeneration(T5Config(**sizes))
+    assert recompute._stack(two) == []
+    one = tiny.model(layers=3)
+    assert recompute._stack(one) == list(one.model.layers)
+
+
+def test_it_is_said_once_and_again_when_fewer_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    script = Script().measured()
+    (found,) = script.recompute._measured.values()
+    with caplog.at_level(logging.INFO, logger="patchfastrl"):
+        for room in (ROOM, ROOM, found.rest + sum(found.layers.values()) // 2, ROOM, 0, ROOM):
+            script.sleep(room)
+            script.step()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(": ")[2].split(" layers")[0] for line in said] == ["4 of 4", "2 of 4", "0 of 4"]
+    assert "2 are recomputed" in said[1]
+    assert "MiB" in said[0]
+
+
+# In a trainer ---------------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """Readings that only ever grow: what is decided here is forced."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def read(self) -> memory.Reading:
+        self.reads += 1
+        return memory.Reading(0, self.reads, self.reads, self.reads)
+
+    def forget_peak(self) -> None:
+        pass
+
+
+def run(folder: Path, kept: int | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+    """Three steps of two micro-batches each, and everything that they leave."""
+    found: dict[str, Any] = {"gradients": [], "kept": [], "calls": 0}
+
+    class Watching(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found["gradients"].append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
+            found["kept"].append(trainer.vllm_generation.llm.recompute.kept if kept is not None else None)
+
+    def count(*args: Any) -> None:
+        found["calls"] += 1
+
+    reentrant = settings.pop("reentrant")
+    model = tiny.model("qwen2", layers=LAYERS)
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(count)
+    trainer = tiny.trainer(
+        folder,
+        model=model,
+        peft_config=settings.pop("peft_config", None),
+        callbacks=[Watching()],
+        args={
+            "max_steps": 3,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+            "vllm_enable_sleep_mode": True,
+            **settings,
+        },
+    )
+    llm = trainer.vllm_generation.llm
+    assert llm.recompute is None  # on a CPU
+    hooks = dict(trainer.model._forward_pre_hooks)
+    if kept is not None:
+        monkeypatch.setattr(recompute, "layers_kept", lambda *_: kept)
+        llm.recompute = Recompute(trainer.model, Numbers())  # type: ignore[arg-type]
+    found["calls"] = 0
+    trainer.train()
+    found["parameters"] = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    found["logs"] = [
+        {k: v for k, v in h.items() if "time" not in k and "per_second" not in k} for h in trainer.state.log_history
+    ]
+    found["report"] = llm.report()
+    llm.close("the test is over.")
+    assert dict(trainer.model._forward_pre_hooks) == hooks
+    return found
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_training_is_the_same_bit_by_bit(
+    method: str, reentrant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"reentrant": reentrant}
+    if method == "lora":
+        settings |= {"peft_config": tiny.lora(lora_dropout=0.1), "beta": 0.1, "bf16": True}
+    stock = run(tmp_path / "stock", None, monkeypatch, **settings)
+    assert len(stock["gradients"]) == 3
+    for kept in (1, LAYERS):
+        ours = run(tmp_path / str(kept), kept, monkeypatch, **settings)
+        assert ours["kept"] == [0, kept, kept]
+        assert ours["report"]["layers_kept"] == kept
+        assert stock["calls"] - ours["calls"] == kept * 2 * 2  # micro-batches of the second and the third step
+        assert ours["logs"] == stock["logs"]
+        for one, other in (
+            (ours["parameters"], stock["parameters"]),
+            *zip(ours["gradients"], stock["gradients"], strict=True),
+        ):
+            assert len(one) == len(other) > 0
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_word_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"recompute='never'.*'needed' or 'always'"):
+        PatchFastRL(recompute="never")  # type: ignore[arg-type]
