@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=512, metavar="N", help="new tokens among them (default: 512)")
     parser.add_argument("--generations", type=int, default=2, help="per prompt, and per step (default: 2)")
     parser.add_argument("--share", type=float, help="vllm_gpu_memory_utilization, as a share of the cap (default: what "
-                        "is free when the engine is built, but 1 GiB)")  # fmt: skip
+                        "the model and the optimizer leave, but 1 GiB)")  # fmt: skip
     parser.add_argument("--no-standby", action="store_true", help="the KV cache stays while training")
     parser.add_argument("--rollouts", choices=("merged", "adapter"), help="as in PatchFastRL(rollouts=...)")
     parser.add_argument("--liger", action="store_true", help="use_liger_kernel: TRL's chunked loss")
@@ -173,7 +173,8 @@ def steps(
     if gpu:
         free, total = torch.cuda.mem_get_info()
         usable = total - job["held"] * 2**30
-        share = (free - 2**30) / total if job["share"] is None else job["share"] * usable / total
+        left = free - 2**30 - states(model, job)
+        share = left / total if job["share"] is None else job["share"] * usable / total
     found["gpu_memory_utilization"] = share
     if job["side"] == "stock":
         generation.LLM = functools.partial(generation.LLM, load_format="dummy")
@@ -217,7 +218,7 @@ def steps(
     found["phase"] = "done"
     found["sampling"] = highest(memory, memory.times["sampling begins"], memory.times["sampling ends"])
     found["training"] = highest(memory, begun["training"], memory.times["trained"])
-    found["tokens_trained_on"] = grid.figures_of(trainer, "completions/mean_length")[-1] + prompt
+    found["tokens_trained_on"] = grid.figures_of(trainer, "num_tokens")[-1] / (many * trainer.state.global_step)
     found["seconds"] = {
         "sampling": memory.times["sampling ends"] - memory.times["sampling begins"],
         "training": memory.times["trained"] - begun["training"],
@@ -226,6 +227,14 @@ def steps(
     found["bytes"] = where(trainer, job, gpu, found["training"], unmapped)
     found["unmapped_while_asleep"] = unmapped
     found |= versions()
+
+
+def states(model: Any, job: dict[str, Any]) -> int:
+    """Bytes of what training adds for good: the adapter in float32, and AdamW's two states of what is trained."""
+    from patchfastrl.plan import shape_of_model
+
+    shape = shape_of_model(model, job["rank"])
+    return 2 * shape.itemsize * shape.parameters if job["method"] == "full" else 3 * 4 * shape.adapter
 
 
 def highest(memory: Memory, begin: float, end: float) -> float:

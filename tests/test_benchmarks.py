@@ -67,3 +67,44 @@ def test_a_time_limit_is_kept_and_said(tmp_path: Path) -> None:
     assert [result["completions"] for result in results] == [8, 16]
     assert "time limit" in results[0]["error"]  # before the first cell, or killed while it was imported
     assert "error" in results[1]
+
+
+def test_correctness_checks_pass_and_have_controls_that_do_not(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    small = ("--model", "tiny", "--only", "lora", "--steps", 3, "--long", 10, "--rank", 8)
+    said = script("correct.py", *small, "--json", file)
+    found = {(f["kind"], f["check"]): f for f in json.loads(file.read_text())}
+    assert all(f["passed"] for f in found.values())
+    assert "FAIL" not in said
+    assert ("stock-lora", "after the sync of another adapter") in found
+    compared = [f for (kind, _), f in found.items() if kind == "lora" and "control" in f]
+    assert len(compared) == 6
+    for f in compared:
+        assert f["stock_mean"] > 0
+        assert f["mean"] < 1e-5 < 1e-3 < f["control"]
+    assert found["lora", "after 3 steps the base is bit-identical"]["same_base"]
+    assert len(found["lora", "memory from step 3 to step 10"]["series"]) == 10
+
+
+def test_a_check_that_fails_is_the_exit_status(tmp_path: Path) -> None:
+    """A CPU has no 8-bit KV cache."""
+    file = tmp_path / "out.json"
+    said = script("correct.py", "--model", "tiny", "--only", "fp8-cache", "--json", file, status=1)
+    failed = [f for f in json.loads(file.read_text()) if not f["passed"]]
+    assert [f["kind"] for f in failed] == ["fp8-cache"]
+    assert "float8_kv_cache=True" in failed[0]["said"]
+    assert "FAIL fp8-cache" in said
+
+
+def test_limits_say_where_the_bytes_are_and_what_does_not_train(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    said = script("limits.py", "--model", "tiny", "--tokens", 128, "--tokens", 70000, "--completion", 32, "--cap", 1,
+                  "--json", file)  # fmt: skip
+    trains, refused = json.loads(file.read_text())
+    assert trains["phase"] == "done"
+    assert trains["tokens_trained_on"] == 128
+    assert all(trains["bytes"][name] > 0 for name in ("weights", "adapter", "gradients", "optimizer"))
+    assert trains["marks"]["ready"] > trains["marks"]["context"] > 0
+    assert "building the engine" in refused["error"]  # the model has 65,536 positions
+    assert said.count("  TRAINS") == 1
+    assert said.count("  DOES NOT TRAIN: ") == 1
