@@ -24,6 +24,7 @@ from . import adapters, guards, install, memory, plan, quantisation, rollouts, s
 from .audit import audit
 from .compat import (
     cpu_experts,
+    cpu_heap,
     cpu_import_order,
     cpu_kv_cache,
     cpu_linear,
@@ -220,6 +221,7 @@ def build(
             stack.enter_context(cpu_linear.plain_weights())
             stack.enter_context(cpu_experts.plain_weights())
             stack.enter_context(cpu_kv_cache.in_bytes())
+            stack.enter_context(cpu_heap.not_frozen())
         else:
             made["own_memory"] = stack.enter_context(cuda_weight_pool.weights_outside())
         stack.enter_context(expert_slots.left_out())
@@ -316,7 +318,8 @@ def _discard(engine: Any, keys: list[int], standby: cpu_standby.KVCacheStorages 
     if engine.engine_core.is_sleeping():
         # CUDA: freeing memory that is unmapped leaves vLLM's allocator in an error that the next engine inherits.
         engine.wake_up(None)
-    engine.engine_core.shutdown()
+    with cpu_heap.not_walked() if standby is not None else contextlib.nullcontext():
+        engine.engine_core.shutdown()
     if standby is not None:
         standby.release()  # at once, not when the collector gets round to vLLM's cycles
     folder.cleanup()
