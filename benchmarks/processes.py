@@ -88,6 +88,7 @@ def _environment(job: dict[str, Any], device: int | None) -> dict[str, str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "VLLM_CACHE_ROOT": str(cache)}
     env.setdefault("VLLM_LOGGING_LEVEL", "INFO" if job.get("verbose") else "ERROR")
     if device is not None:
+        env["MASTER_PORT"] = str(29500 + device)  # TRL would choose the same free one in both
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         env["CUDA_VISIBLE_DEVICES"] = visible[device] if visible != [""] else str(device)
     return env

@@ -206,7 +206,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     shape = plan.shape_of_name(arguments.model, arguments.rank)
     device = int(arguments.memory * 2**30) if arguments.memory else memory.device_bytes()
+    run = plan.beside_the_trainer(shape, run, device)
     print(f"{arguments.model}: {shape.parameters / 1e9:.2f} billion parameters, {arguments.method}")
+    if run.share < arguments.share:
+        print(f"The engine gets {run.share:g} of the device: the trainer needs the rest while it samples.")
     print("\n".join(plan.budget(shape, run, device).lines()))
     wrong = plan.problem(shape, run, device)
     print(wrong or "It fits.")

@@ -11,6 +11,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,16 @@ def build(
     dtype = dtype_of(model)
     cast = packed or (dtype == torch.float32 and not on_cpu)
     dtype = torch.bfloat16 if dtype == torch.float32 and not on_cpu else dtype
+    shape, run = plan.of_trainer(
+        model, args, {**kwargs, "enable_sleep_mode": sleep_mode}, 0 if on_cpu else memory.taken_by_others()
+    )
+    if not on_cpu:
+        run = _share_of_the_rest(shape, run, kwargs)
     copied: set[str] = set()
     merging = False
     if max_lora_rank is not None or isinstance(model, PeftModel):
         copied, merging = rollouts.merged(model, dtype, sleep_mode, kwargs)
-    shape, run = plan.of_trainer(model, args, {**kwargs, "enable_sleep_mode": sleep_mode}, merging)
+    run = replace(run, merged=merging)
     if not on_cpu and (wrong := plan.problem(shape, run, memory.device_bytes(), estimated=False)):
         raise UnsupportedError(wrong)
     parts = plan.budget(shape, run, memory.device_bytes()).lines()
@@ -256,6 +262,18 @@ def build(
     llm.seconds["build"] = time.perf_counter() - start
     logger.warning(_start_block(llm, sleep_mode, kwargs))
     return llm
+
+
+def _share_of_the_rest(shape: plan.Shape, run: plan.Run, kwargs: dict[str, Any]) -> plan.Run:
+    """The run with a share of the device that the engine can get. `kwargs` ask vLLM for that."""
+    lowered = plan.beside_the_trainer(shape, run, memory.device_bytes())
+    if lowered.share < run.share:
+        logger.warning(
+            f"PatchFastRL: vllm_gpu_memory_utilization={run.share:g}: the weights, the adapter and the optimizer stay "
+            f"while the engine samples. It gets what they leave, {lowered.share:g} of the device."
+        )
+        kwargs["gpu_memory_utilization"] = lowered.share
+    return lowered
 
 
 def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:

@@ -117,6 +117,14 @@ def device_bytes() -> int:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
 
 
+def taken_by_others() -> int:
+    """Bytes of the GPU that this process could not have: other processes' memory, and CUDA's own."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
 def kv_cache_of(config: Any, dtype: torch.dtype, engine: dict[str, Any]) -> tuple[int, int, int]:
     """Bytes of a full sequence, how many sequences there are, and how many tokens a full one has."""
     text = config.get_text_config()

@@ -6,6 +6,7 @@ Counted exactly: weights, adapter, gradients, the optimizer's state, the engine'
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -46,11 +47,17 @@ class Run:
     checkpointing: bool = True
     float8_kv_cache: bool = False
     optimizer_bytes: int = 8  # a trained parameter: AdamW in float32
+    taken: int = 0  # bytes of the device that other processes hold
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes, by what they are for. `sampling` and `training` are the parts that are resident in each phase."""
+    """Bytes, by what they are for.
+
+    Attributes:
+        device: what of the device this process can have.
+        sampling, training: the parts that are resident in each phase.
+    """
 
     device: int
     sampling: dict[str, int]
@@ -78,26 +85,41 @@ class Budget:
 
 def budget(shape: Shape, run: Run, device: int) -> Budget:
     """The budget of a run on a device of `device` bytes."""
+    states = _states(shape, run)
+    engine = int(device * run.share)
+    own = shape.linear * shape.itemsize if run.method == "qlora" or (run.method == "lora" and run.merged) else 0
+    cache = max(engine - own - HEADROOM // 2, 0)
+    of_engine = {"engine's own weights": own, "KV cache": cache}
+    standing = {} if run.standby else of_engine
+    sampling = {**states, "gradients": 0, **of_engine, "head-room": HEADROOM}
+    training = {**states, **standing, "activations": _activations(shape, run), "head-room": HEADROOM}
+    return Budget(device - run.taken, sampling, training)
+
+
+def beside_the_trainer(shape: Shape, run: Run, device: int) -> Run:
+    """`run` with no larger share for the engine than the trainer's weights, adapter and optimizer leave of the device.
+
+    They stay while the engine samples. A share of 0.95 means: all that there is.
+    """
+    resident = sum(_states(shape, run).values()) - _states(shape, run)["gradients"]
+    most = math.floor((device - run.taken - resident - HEADROOM) / device * 1000) / 1000
+    return replace(run, share=most) if 0 < most < run.share else run
+
+
+def _states(shape: Shape, run: Run) -> dict[str, int]:
+    """What the trainer holds, activations apart."""
     size = shape.itemsize
     weights = shape.parameters * size
     if run.method == "qlora":
         weights = (shape.parameters - shape.linear) * size + int(shape.linear * _NF4)
     trained = shape.parameters if run.method == "full" else shape.adapter
     each = size if run.method == "full" else 4  # PEFT keeps adapters in float32
-    states = {
+    return {
         "weights, shared": weights,
         "adapter": 0 if run.method == "full" else trained * 4,
         "gradients": trained * each,
         "optimizer": trained * min(run.optimizer_bytes, 2 * each),
     }
-    engine = int(device * run.share)
-    own = shape.linear * size if run.method == "qlora" or (run.method == "lora" and run.merged) else 0
-    cache = max(engine - own - HEADROOM // 2, 0)
-    of_engine = {"engine's own weights": own, "KV cache": cache}
-    standing = {} if run.standby else of_engine
-    sampling = {**states, "gradients": 0, **of_engine, "head-room": HEADROOM}
-    training = {**states, **standing, "activations": _activations(shape, run), "head-room": HEADROOM}
-    return Budget(device, sampling, training)
 
 
 def _activations(shape: Shape, run: Run) -> int:
@@ -231,13 +253,13 @@ def shape_of_name(name: str, rank: int) -> Shape:
     return shape_of_model(model, rank)
 
 
-def of_trainer(model: Any, args: Any, engine: dict[str, Any], merged: bool) -> tuple[Shape, Run]:
+def of_trainer(model: Any, args: Any, engine: dict[str, Any], taken: int) -> tuple[Shape, Run]:
     """What a trainer is about to do.
 
     Args:
         args: its configuration.
         engine: `vllm.LLM` arguments.
-        merged: whether the adapter is merged into weights of the engine's own.
+        taken: bytes of the device that other processes hold.
     """
     from peft import PeftModel
 
@@ -252,7 +274,7 @@ def of_trainer(model: Any, args: Any, engine: dict[str, Any], merged: bool) -> t
         micro_batch=getattr(args, "per_device_train_batch_size", 8),
         share=engine.get("gpu_memory_utilization") or 0.9,
         standby=bool(engine.get("enable_sleep_mode")),
-        merged=merged,
+        taken=taken,
         checkpointing=bool(getattr(args, "gradient_checkpointing", True)),
         float8_kv_cache=str(engine.get("kv_cache_dtype", "")).startswith("fp8"),
         optimizer_bytes=2 if "8bit" in str(getattr(args, "optim", "")) else 8,

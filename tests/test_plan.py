@@ -43,6 +43,22 @@ def test_without_standby_the_cache_stays() -> None:
     assert found.training["KV cache"] == found.sampling["KV cache"] > 0
 
 
+def test_the_engine_gets_what_the_trainer_leaves() -> None:
+    all_of_it = replace(RUN, share=0.95)
+    run = plan.beside_the_trainer(EIGHT, all_of_it, 140 * GIB)
+    assert run == replace(all_of_it, share=run.share)
+    assert 0.85 < run.share < 0.88  # 15.3 GiB are the trainer's, adapter and optimizer included, and 3 head-room
+    assert plan.problem(EIGHT, run, 140 * GIB) is None
+    assert "standby" in (plan.problem(EIGHT, replace(run, standby=False), 140 * GIB) or "")
+    assert plan.beside_the_trainer(EIGHT, RUN, 140 * GIB) == RUN  # what fits is not touched
+    beside_others = plan.beside_the_trainer(EIGHT, replace(all_of_it, taken=60 * GIB), 140 * GIB)
+    assert beside_others.share < run.share - 60 / 141
+    assert plan.budget(EIGHT, beside_others, 140 * GIB).device == 80 * GIB
+    too_small = plan.beside_the_trainer(EIGHT, all_of_it, 16 * GIB)
+    assert too_small == all_of_it
+    assert plan.problem(EIGHT, too_small, 16 * GIB) is not None
+
+
 @given(
     device=st.integers(16, 200),
     tokens=st.sampled_from([512, 4096, 65536]),
@@ -53,7 +69,7 @@ def test_without_standby_the_cache_stays() -> None:
     method=st.sampled_from(["lora", "qlora", "full"]),
 )
 def test_what_is_proposed_does_fit(device: int, **settings: Any) -> None:
-    run = replace(RUN, **settings)
+    run = plan.beside_the_trainer(EIGHT, replace(RUN, **settings), device * GIB)
     wrong = plan.problem(EIGHT, run, device * GIB)
     found = plan.budget(EIGHT, run, device * GIB)
     enough = found.sampling["KV cache"] >= plan.one_sequence(EIGHT, run)
@@ -102,6 +118,8 @@ def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "weights, shared" in said
     assert "It fits." in said
+    assert cli.main(["plan", path, "--tokens", "64", "--standby", "--memory", "80", "--share", "0.99"]) == 0
+    assert "of the device: the trainer needs the rest" in capsys.readouterr().out
     assert cli.main(["plan", path, "--tokens", "64", "--memory", "1", "--share", "0.5"]) == 1
     assert "No setting makes it fit" in capsys.readouterr().out
     assert cli.main(["plan", str(tmp_path / "nothing")]) == 1
