@@ -32,6 +32,7 @@ class Tensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.total = 0
         self.peak = 0
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -52,7 +53,7 @@ class Tensors(TorchDispatchMode):
 
     def read(self) -> memory.Reading:
         allocated = self.bytes()
-        return memory.Reading(total=0, held=allocated, allocated=allocated, peak=self.peak)
+        return memory.Reading(self.total, held=allocated, allocated=allocated, peak=self.peak)
 
     def forget_peak(self) -> None:
         self.peak = self.bytes()
@@ -189,6 +190,26 @@ def test_a_layer_keeps_what_was_measured(reentrant: bool) -> None:
     nothing, everything = after_forward(0), after_forward(ROOM)
     assert script.recompute.kept == LAYERS
     assert everything - nothing <= sum(found.layers.values()) <= 1.3 * (everything - nothing)
+
+
+def test_a_part_of_the_device_stays_free() -> None:
+    script = Script().measured()
+    (found,) = script.recompute._measured.values()
+    kept = []
+    for part in (0, 1, 2):
+        script.tensors.total = 20 * part * found.layers[script.layers[0]]
+        script.sleep(found.rest + sum(found.layers.values()))
+        script.step()
+        kept.append(script.recompute.kept)
+    assert kept == [4, 3, 2]
+
+
+def test_what_is_read_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that torch keeps for its own next allocations is not held."""
+    stats = {"allocated_bytes.all.current": 40, "reserved_bytes.all.current": 55, "allocated_bytes.all.peak": 50}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    assert memory.Device(torch.device("cuda:0")).read() == memory.Reading(total=100, held=55, allocated=40, peak=50)
 
 
 def test_a_larger_micro_batch_is_measured_first() -> None:
@@ -444,12 +465,17 @@ class Numbers:
 
 def run(folder: Path, kept: int | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
     """Three steps of two micro-batches each, and everything that they leave."""
-    found: dict[str, Any] = {"gradients": [], "kept": [], "calls": 0}
+    found: dict[str, Any] = {"gradients": [], "kept": [], "calls": 0, "awake": []}
 
     class Watching(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             found["gradients"].append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
             found["kept"].append(trainer.vllm_generation.llm.recompute.kept if kept is not None else None)
+
+    class Seen(Numbers):
+        def read(self) -> memory.Reading:
+            found["awake"].append(llm.awake)
+            return super().read()
 
     def count(*args: Any) -> None:
         found["calls"] += 1
@@ -477,7 +503,7 @@ def run(folder: Path, kept: int | None, monkeypatch: pytest.MonkeyPatch, **setti
     hooks = dict(trainer.model._forward_pre_hooks)
     if kept is not None:
         monkeypatch.setattr(recompute, "layers_kept", lambda *_: kept)
-        llm.recompute = Recompute(trainer.model, Numbers())  # type: ignore[arg-type]
+        llm.recompute = Recompute(trainer.model, Seen())  # type: ignore[arg-type]
     found["calls"] = 0
     trainer.train()
     found["parameters"] = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
@@ -505,6 +531,8 @@ def test_a_training_is_the_same_bit_by_bit(
         ours = run(tmp_path / str(kept), kept, monkeypatch, **settings)
         assert ours["kept"] == [0, kept, kept]
         assert ours["report"]["layers_kept"] == kept
+        assert ours["awake"][0]
+        assert ours["awake"].count(True) == 3  # once for each generation batch, before the memory is gone
         assert stock["calls"] - ours["calls"] == kept * 2 * 2  # micro-batches of the second and the third step
         assert ours["logs"] == stock["logs"]
         for one, other in (
