@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,13 +206,21 @@ def steps(
         memory.mark("sampling begins")
         output = generate(*arguments, **kwargs)
         memory.mark("sampling ends")
-        found["phase"] = "training"
-        begun["training"] = memory.times["sampling ends"]
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
+        trains()
         return output
 
-    llm.generate = generated
+    def trains() -> None:
+        found["phase"] = "training"
+        begun["training"] = time.perf_counter() - memory.begin
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def slept(*arguments: Any, **kwargs: Any) -> None:
+        sleep(*arguments, **kwargs)
+        trains()
+
+    sleep = llm.sleep
+    llm.generate, llm.sleep = generated, slept
     grid.stop_at(trainer, job["deadline"])
     trainer.train()
     memory.mark("trained")

@@ -8,7 +8,6 @@ from the trainer's weights and adapter before it samples. The trainer's weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from .errors import AdapterError, SharingError
 from .packed import dtype_of, quant_state, storages_of, values_of
 from .sharing import Shared, base_parameters
 
-Place = tuple[str, nn.Parameter, torch.Tensor]
+Source = tuple[str, nn.Parameter]
 
 
 class Copies:
@@ -42,6 +41,8 @@ class Copies:
         self.version = 0
         self.releases = 0
         self._held: _Values | None = None
+        self._sources: list[Source] = []
+        self._sources_of: Any = None  # the parameters among which they were found
 
     def hold_all_of(self, model: nn.Module) -> bool:
         """Whether the engine has a copy of everything that the model's adapter changes. False without an adapter."""
@@ -74,30 +75,32 @@ class Copies:
             adapter: with the adapter in training; False: the base model's.
         """
         merged = self._adapters() if adapter else {}
-        places = list(self._places())
-        wanted = _Values.of(places, merged)
+        sources = self._copied()
+        wanted = _Values.of(sources, merged)
         if self._held is not None and self._held.same_as(wanted):
             return False
         self._held = None  # interrupted half-way, they are nobody's weights
         self.version += 1
-        low_rank = _in_dtype_of_weights(places, merged)
-        plain, sources = [], []
-        for name, parameter, home in places:
+        low_rank = _in_dtype_of_weights(sources, merged)
+        plain, values = [], []
+        for name, parameter in sources:
+            destination, view = self._shared.plan.views[name]
+            home = view.on(self._shared.homes[destination].data)
             if name in merged:
                 _merge(home, values_of(parameter), merged[name], *low_rank[name])
             elif quant_state(parameter) is None:
                 plain.append(home)
-                sources.append(parameter.data)
+                values.append(parameter.data)
             else:
                 home.copy_(values_of(parameter))
         if plain:
-            torch._foreach_copy_(plain, sources)
+            torch._foreach_copy_(plain, values)
         self._held = wanted
         return True
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
-        now = _Values.of(list(self._places()), self._adapters() if adapter else {})
+        now = _Values.of(self._copied(), self._adapters() if adapter else {})
         if self._held is None or not self._held.same_as(now):
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
@@ -115,12 +118,13 @@ class Copies:
 
     # What they are made of ------------------------------------------------------------------------------------------
 
-    def _places(self) -> Iterator[Place]:
-        """Name, the trainer's parameter, and the view of the engine's memory, for each parameter that is copied."""
+    def _copied(self) -> list[Source]:
+        """Name and parameter of all that is copied."""
         current, plan = base_parameters(self._shared.model), self._shared.plan
-        for name, (destination, view) in plan.views.items():
-            if destination in plan.own:
-                yield name, current[name], view.on(self._shared.homes[destination].data)
+        if current is not self._sources_of:  # it is remembered: another one means that the model has changed
+            self._sources = [(name, current[name]) for name, (home, _) in plan.views.items() if home in plan.own]
+            self._sources_of = current
+        return self._sources
 
     def _adapters(self) -> dict[str, adapters.Adapter]:
         """The active adapter's modules by the name of the weight that they change."""
@@ -142,8 +146,8 @@ class _Values:
     scalings: tuple[tuple[str, float], ...]
 
     @classmethod
-    def of(cls, places: list[Place], merged: dict[str, adapters.Adapter]) -> _Values:
-        base = [tensor for _, parameter, _ in places for tensor in storages_of(parameter)]
+    def of(cls, sources: list[Source], merged: dict[str, adapters.Adapter]) -> _Values:
+        base = [tensor for _, parameter in sources for tensor in storages_of(parameter)]
         adapter = [tensor for a in merged.values() for tensor in (a.a, a.b)]
         return cls(digests(base + adapter), tuple((name, a.scaling) for name, a in merged.items()))
 
@@ -152,10 +156,10 @@ class _Values:
 
 
 def _in_dtype_of_weights(
-    places: list[Place], merged: dict[str, adapters.Adapter]
+    sources: list[Source], merged: dict[str, adapters.Adapter]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Each adapter's lora_A and lora_B in the dtype that its weight computes in, cast together."""
-    dtypes = {name: dtype_of(parameter) for name, parameter, _ in places}
+    dtypes = {name: dtype_of(parameter) for name, parameter in sources}
     live = [tensor.detach() for a in merged.values() for tensor in (a.a, a.b)]
     cast = [torch.empty_like(t, dtype=dtypes[name]) for name, a in merged.items() for t in (a.a.detach(), a.b.detach())]
     if cast:

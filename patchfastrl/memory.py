@@ -74,13 +74,14 @@ class Device:
 
 
 def return_cached() -> None:
-    """Give the memory that torch keeps from training back to the device, for the engine to map its own."""
+    """Give the memory of a GPU that torch keeps for later allocations back to the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def return_freed() -> None:
-    """Give the pages of freed host memory back to the operating system: glibc keeps them for later allocations."""
+    """Give what was freed back: a GPU's memory, and the host's, which glibc keeps for later allocations."""
+    return_cached()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries keep nothing, or have no such call
     if trim is not None:
         trim(0)

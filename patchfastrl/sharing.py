@@ -29,8 +29,8 @@ from .trace import Copy, Recorder, Trace, View, combined_view, coverage, storage
 # default that no checkpoint overwrites.
 _SMALL = 4096
 
-# Bytes of the trainer's freed storage that may pile up before they are given back.
-_TRIM = 64 * 2**20
+# Bytes of the trainer's freed storage that may pile up before they are given back: of the host's memory, of a GPU's.
+_TRIM, _TRIM_GPU = 64 * 2**20, 2**30
 
 
 # The trainer's side -------------------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def materialise(
 ) -> None:
     """Give the engine's parameters memory holding the trainer's values, and make the trainer's views of it.
 
-    Peak: one copy of the weights plus the largest fused tensor (and up to `_TRIM` bytes that are on their way back),
-    plus what the engine has for its own.
+    Peak: one copy of the weights plus the largest fused tensor (and up to `_TRIM` or `_TRIM_GPU` bytes that are on
+    their way back), plus what the engine has for its own.
 
     Args:
         own_memory: where the engine's own weights are allocated.
@@ -248,7 +248,7 @@ def materialise(
                 if destination not in own:
                     _rebind(name, parameters[name], view.on(home))
                     freed += home.element_size() * view.numel
-        if freed > _TRIM:
+        if freed > (_TRIM if device.type == "cpu" else _TRIM_GPU):
             return_freed()
             freed = 0
         if tensor.is_meta or destination in own:
