@@ -216,7 +216,6 @@ def build(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_nothing_left_behind())
         stack.enter_context(_in_process())
-        stack.enter_context(process_groups.on_loopback())
         stack.enter_context(inspected_here.without_a_child())
         stack.enter_context(sampler_warmup.of_a_trainer())
         if on_cpu:
