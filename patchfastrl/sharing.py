@@ -44,6 +44,11 @@ def base_of(model: nn.Module) -> Any:
 
 
 @remembered
+def _tensors_of(engine_model: nn.Module) -> list[nn.Parameter]:
+    return list(engine_model.parameters())
+
+
+@remembered
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the model under training without its adapters, under the names the bare model would have.
 
@@ -338,7 +343,7 @@ class Shared:
 
     def check(self) -> None:
         """Every trainer parameter is still the planned view of the engine's storage. Microseconds per parameter."""
-        held = {storage_key(t) for t in self.engine_model.parameters()}
+        held = {storage_key(t) for t in _tensors_of(self.engine_model)}
         for destination, key in self.keys.items():
             if key not in held:
                 raise SharingError(

@@ -9,6 +9,7 @@ import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, TypeVar
 
 from torch import nn
@@ -22,34 +23,41 @@ class _Found:
     def __init__(self, model: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self._parts = _parts(model)
-        self._trained = [p.requires_grad for p in self._parts]
-        self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._modules = list(model.modules())[1:]  # without the model itself, which must not be kept alive
+        self._tables = self._tables_now(model)
+        self._parts = self._parts_now()
+        self._trained = self._trained_now()
+        self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
         self._states = self._states_now()
         self.answers: dict[Any, Any] = {}
+
+    def _tables_now(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Where modules keep their submodules and parameters."""
+        modules = [model, *self._modules]
+        return [*map(_submodules, modules), *map(_parameters, modules)]
+
+    def _parts_now(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._tables)))
+
+    def _trained_now(self) -> list[bool]:
+        return [p.requires_grad for p in self._parts if isinstance(p, nn.Parameter)]
 
     def _states_now(self) -> list[tuple]:
         return [(m.disable_adapters, m.active_adapter, tuple(m.merged_adapters)) for m in self._layers]
 
     def holds(self, model: nn.Module) -> bool:
-        parts = _parts(model)
+        """As long as every table has the same entries, there are no other modules and parameters than those known."""
+        parts = self._parts_now()
         return (
-            len(parts) == len(self._parts)
+            all(map(operator.is_, self._tables_now(model), self._tables))
+            and len(parts) == len(self._parts)
             and all(map(operator.is_, parts, self._parts))
-            and self._trained == [p.requires_grad for p in parts]
+            and self._trained == self._trained_now()
             and self._states == self._states_now()
         )
 
 
-def _parts(model: nn.Module) -> list[nn.Parameter]:
-    found, left = [], [model]
-    while left:
-        module = left.pop()
-        found += [p for p in module._parameters.values() if p is not None]
-        left += [m for m in module._modules.values() if m is not None]
-    return found
-
-
+_submodules, _parameters = operator.attrgetter("_modules"), operator.attrgetter("_parameters")
 _found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
 _looked_at: weakref.WeakSet[nn.Module] | None = None
 

@@ -74,7 +74,8 @@ def test_a_batch_may_run_inside_a_batch() -> None:
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_the_precision_goes_by_the_name_of_its_time(name: str) -> None:
+def test_the_precision_goes_by_the_name_of_its_time(name: str, tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path)
     made: list[dict[str, Any]] = []
 
     def create(model: str, **kwargs: Any) -> Any:
@@ -83,9 +84,9 @@ def test_the_precision_goes_by_the_name_of_its_time(name: str) -> None:
 
     args = SimpleNamespace(use_vllm=True)
     given = {"use_cache": False}
-    runtime.load_model(create, "a/model", args, object(), given, name)
-    runtime.load_model(create, "a/model", args, None, given, name)
-    runtime.load_model(create, "a/model", args, object(), {"torch_dtype": "float32"}, name)
+    runtime.load_model(create, path, args, object(), given, name)
+    runtime.load_model(create, path, args, None, given, name)
+    runtime.load_model(create, path, args, object(), {"torch_dtype": "float32"}, name)
     assert made == [{"use_cache": False, name: "auto"}, {"use_cache": False}, {"torch_dtype": "float32"}]
     assert given == {"use_cache": False}
 
@@ -114,9 +115,9 @@ def test_a_trainer_that_inherits_vllm_and_never_samples_from_it(keep: Any) -> No
 def test_a_trainer_is_configured_once(tmp_path: Path) -> None:
     """Online DPO's `__init__` asks for its own settings when Nash-MD and XPO have had theirs."""
     args = tiny.config(tmp_path, "GRPO", max_steps=1)
-    trainer = Trainer()
+    trainer, path = Trainer(), tiny.checkpoint(tmp_path)
     for more in ({"beside": True}, {"completions": 2}):
-        assert runtime.configure(trainer, args, "a/model", None, **more) is args
+        assert runtime.configure(trainer, args, path, None, **more) is args
         assert args.use_vllm is False
 
 
