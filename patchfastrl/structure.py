@@ -25,36 +25,40 @@ class _Found:
 
         self._modules = list(model.modules())[1:]  # without the model itself, which must not be kept alive
         self._tables = self._tables_now(model)
-        self._parts = self._parts_now()
+        self._entries = list(map(_entries, self._tables))
         self._trained = self._trained_now()
         self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
         self._states = self._states_now()
         self.answers: dict[Any, Any] = {}
 
-    def _tables_now(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Where modules keep their submodules and parameters."""
+    def _tables_now(self, model: nn.Module) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Where modules keep their submodules, and their parameters."""
         modules = [model, *self._modules]
-        return [*map(_submodules, modules), *map(_parameters, modules)]
-
-    def _parts_now(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._tables)))
+        return list(map(_submodules, modules)), list(map(_parameters, modules))
 
     def _trained_now(self) -> list[bool]:
-        return [p.requires_grad for p in self._parts if isinstance(p, nn.Parameter)]
+        return [p.requires_grad for p in self._entries[1] if p is not None]
 
     def _states_now(self) -> list[tuple]:
         return [(m.disable_adapters, m.active_adapter, tuple(m.merged_adapters)) for m in self._layers]
 
     def holds(self, model: nn.Module) -> bool:
         """As long as every table has the same entries, there are no other modules and parameters than those known."""
-        parts = self._parts_now()
+        now = self._tables_now(model)
         return (
-            all(map(operator.is_, self._tables_now(model), self._tables))
-            and len(parts) == len(self._parts)
-            and all(map(operator.is_, parts, self._parts))
+            all(map(_same, now, self._tables))
+            and all(map(_same, map(_entries, now), self._entries))
             and self._trained == self._trained_now()
             and self._states == self._states_now()
         )
+
+
+def _entries(tables: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, tables)))
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 _submodules, _parameters = operator.attrgetter("_modules"), operator.attrgetter("_parameters")
