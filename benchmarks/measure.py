@@ -79,14 +79,16 @@ class Clock:
             # Scoring with the model is a phase of the rollout; the training step's own is not.
             if phase in self._inside or (phase == "logprobs" and "rollout" not in self._inside):
                 return before(*args, **kwargs)
-            start = self.now()
+            start, standby = self.now(), sum(self._now["standby"])
             self._inside.append(phase)
             try:
                 return before(*args, **kwargs)
             finally:
                 self._inside.remove(phase)
                 end = self.now()
-                self._now[phase].append(end - start)
+                # Stock TRL wakes its engine within its weight sync, which is a phase of its own.
+                within = sum(self._now["standby"]) - standby if phase == "weights" else 0.0
+                self._now[phase].append(end - start - within)
                 self.spans.append((phase, round(start, 4), round(end, 4)))
 
         setattr(owner, name, timed)
