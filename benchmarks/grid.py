@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import processes
-from measure import Clock, Memory, said, say_times
+from measure import Clock, Memory, gaps, said, say_times
 from shapes import SHAPES, four_bits, make_model, prompts, stock_on_cpu, tokenizer_of, versions
 
 SIDES = ("stock", "patched", "adapter", "unsloth")
@@ -235,6 +235,8 @@ def measure(job: dict[str, Any]) -> None:
         if job["verbose"]:
             for name, sizes in memory.details.items():
                 print(f"\nTOOK {memory.times[name]:8.2f} s  until {name}: " + gib(sizes))
+            for line in gaps() if on_gpu else ():
+                print(f"\nPROFILE {line}", flush=True)
         print(f"\n{READY}", flush=True)
         common = {"ready": ready, "memory_ready": memory.marks["ready"], "details": memory.details,
                   "marks": memory.times, **versions()}  # fmt: skip

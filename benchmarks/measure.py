@@ -193,6 +193,20 @@ class Memory(contextlib.AbstractContextManager[Any]):
         self._thread.join()
 
 
+def gaps() -> list[str]:
+    """What torch's allocator cannot give back although nobody uses it: it lies beside blocks that are in use."""
+    import torch
+
+    found = []
+    for segment in torch.cuda.memory_snapshot():
+        free = sum(block["size"] for block in segment["blocks"] if block["state"] == "inactive")
+        used = [block["size"] / 2**20 for block in segment["blocks"] if block["state"] != "inactive"]
+        if used and free > 32 * 2**20:
+            beside = ", ".join(f"{size:.2f}" for size in sorted(used, reverse=True)[:6])
+            found.append(f"{free / 2**20:.0f} MiB are kept beside {len(used)} blocks in use (MiB: {beside})")
+    return found
+
+
 @contextlib.contextmanager
 def said(what: str) -> Iterator[None]:
     """Print how long it took, for `--verbose`."""
