@@ -15,6 +15,7 @@ import tiny
 import torch
 from torch import nn
 
+from patchfastrl.compat import sampler_warmup
 from patchfastrl.errors import GuardError, PatchFastRLError, SharingError, UnsupportedError
 from patchfastrl.sharing import base_parameters
 from patchfastrl.trace import storage_key
@@ -226,6 +227,34 @@ def test_without_files_and_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) 
     model = tiny.model("mistral", seed=3)
     llm = engine.build(model, None, max_num_seqs=4, gpu_memory_utilization=0.1, logprobs_mode="processed_logprobs")
     assert_agree(llm, model)
+
+
+def test_vllm_looks_at_the_model_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child of its own would import everything again."""
+    from vllm.model_executor.models import registry
+
+    def child(inspect: Any) -> Any:
+        raise AssertionError("vLLM started a child process")
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", child)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # where it would remember what it saw in earlier runs
+    registry._try_inspect_model_cls.cache_clear()
+    model = tiny.model("mistral", seed=3)
+    assert_agree(tiny.engine(model), model)
+    assert list(tmp_path.rglob("*.json"))  # it has looked
+    assert registry._run_in_subprocess is child
+
+
+def test_the_sampler_is_warmed_up_with_what_trainers_use() -> None:
+    from vllm import SamplingParams
+
+    everything = SamplingParams.for_sampler_warmup()
+    with sampler_warmup.of_a_trainer():
+        found = SamplingParams.for_sampler_warmup()
+    assert (found.logprobs, found.prompt_logprobs, found.temperature) == (0, 0, 0.9)
+    assert everything.logit_bias
+    assert not found.logit_bias
+    assert SamplingParams.for_sampler_warmup() == everything
 
 
 def test_tied_embeddings_stay_tied() -> None:
