@@ -176,9 +176,8 @@ def build(
     dtype = dtype_of(model)
     cast = packed or (dtype == torch.float32 and not on_cpu)
     dtype = torch.bfloat16 if dtype == torch.float32 and not on_cpu else dtype
-    shape, run = plan.of_trainer(
-        model, args, {**kwargs, "enable_sleep_mode": sleep_mode}, 0 if on_cpu else memory.taken_by_others()
-    )
+    taken = 0 if on_cpu else memory.taken_by_others()
+    shape, run = plan.of_trainer(model, args, {**kwargs, "enable_sleep_mode": sleep_mode}, taken, max_lora_rank)
     if not on_cpu:
         run = _share_of_the_rest(shape, run, kwargs)
     copied: set[str] = set()

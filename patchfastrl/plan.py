@@ -253,12 +253,13 @@ def shape_of_name(name: str, rank: int) -> Shape:
     return shape_of_model(model, rank)
 
 
-def of_trainer(model: Any, args: Any, engine: dict[str, Any], taken: int) -> tuple[Shape, Run]:
+def of_trainer(model: Any, args: Any, engine: dict[str, Any], taken: int, rank: int | None = None) -> tuple[Shape, Run]:
     """What a trainer is about to do.
 
     Args:
         args: its configuration.
         engine: `vllm.LLM` arguments.
+        rank: of the engine's adapter slot. A bare model that gets one is to be trained with an adapter.
         taken: bytes of the device that other processes hold.
     """
     from peft import PeftModel
@@ -266,10 +267,11 @@ def of_trainer(model: Any, args: Any, engine: dict[str, Any], taken: int) -> tup
     from . import packed
     from .sharing import base_parameters
 
-    shape = shape_of_model(model, None)
+    adapted = isinstance(model, PeftModel)
+    shape = shape_of_model(model, None if adapted else rank)
     quantised = any(packed.quant_state(p) is not None for p in base_parameters(model).values())
     run = Run(
-        method="qlora" if quantised else "lora" if isinstance(model, PeftModel) else "full",
+        method="qlora" if quantised else "lora" if adapted or rank is not None else "full",
         tokens=engine.get("max_model_len") or 2048,
         micro_batch=getattr(args, "per_device_train_batch_size", 8),
         share=engine.get("gpu_memory_utilization") or 0.9,

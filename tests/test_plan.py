@@ -111,6 +111,17 @@ def test_the_shape_is_the_models(wrapped: bool) -> None:
     assert shape.itemsize == 4
 
 
+def test_a_bare_model_with_an_adapter_slot_is_to_get_an_adapter() -> None:
+    """FastLanguageModel builds the engine before there is one."""
+    bare, adapted = tiny.model("qwen2"), tiny.adapted(tiny.model("qwen2"), r=4)
+    assert plan.of_trainer(bare, None, {}, 0)[1].method == "full"
+    shape, run = plan.of_trainer(bare, None, {}, 0, rank=4)
+    expected, later = plan.of_trainer(adapted, None, {}, 0, rank=16)  # a slot may be larger than its adapter
+    assert (run.method, later.method) == ("lora", "lora")
+    assert shape == expected
+    assert plan.budget(shape, run, GIB).training["gradients"] == 4 * shape.adapter
+
+
 def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()  # only the configuration is read
