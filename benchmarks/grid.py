@@ -148,8 +148,8 @@ class Grid:
         job, problem = child.job, child.problem()
         lines = child.lines()
         for line in lines:
-            if line.startswith("PROFILE "):
-                print(line.removeprefix("PROFILE "))
+            if line.startswith("SHOW "):
+                print(line.removeprefix("SHOW "))
         if job.get("verbose"):
             print(f"\n{job['model']} {job['method']} {job['side']}: what took how long")
             while_building = itertools.takewhile(lambda line: line != READY, lines)
@@ -236,7 +236,7 @@ def measure(job: dict[str, Any]) -> None:
             for name, sizes in memory.details.items():
                 print(f"\nTOOK {memory.times[name]:8.2f} s  until {name}: " + gib(sizes))
             for line in gaps() if on_gpu else ():
-                print(f"\nPROFILE {line}", flush=True)
+                print(f"\nSHOW {line}", flush=True)
         print(f"\n{READY}", flush=True)
         common = {"ready": ready, "memory_ready": memory.marks["ready"], "details": memory.details,
                   "marks": memory.times, **versions()}  # fmt: skip

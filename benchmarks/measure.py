@@ -107,7 +107,7 @@ class Clock:
             self.now()
         key = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
         for line in found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90).splitlines():
-            print("\nPROFILE " + line[:95] + line[-110:], end="")
+            print("\nSHOW " + line[:95] + line[-110:], end="")
         print(flush=True)
         return result
 

@@ -9,6 +9,7 @@ from the trainer's weights and adapter before it samples. The trainer's weights 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -160,11 +161,14 @@ def _in_dtype_of_weights(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Each adapter's lora_A and lora_B in the dtype that its weight computes in, cast together."""
     dtypes = {name: dtype_of(parameter) for name, parameter in sources}
-    live = [tensor.detach() for a in merged.values() for tensor in (a.a, a.b)]
-    cast = [torch.empty_like(t, dtype=dtypes[name]) for name, a in merged.items() for t in (a.a.detach(), a.b.detach())]
+    cast = {
+        name: (torch.empty_like(a.a, dtype=dtypes[name]), torch.empty_like(a.b, dtype=dtypes[name]))
+        for name, a in merged.items()
+    }
     if cast:
-        torch._foreach_copy_(cast, live)
-    return dict(zip(merged, zip(cast[0::2], cast[1::2], strict=True), strict=True))
+        live = [tensor for a in merged.values() for tensor in (a.a, a.b)]
+        torch._foreach_copy_(list(chain.from_iterable(cast.values())), live)
+    return cast
 
 
 def _merge(

@@ -101,7 +101,8 @@ def beside_the_trainer(shape: Shape, run: Run, device: int) -> Run:
 
     They stay while the engine samples. A share of 0.95 means: all that there is.
     """
-    resident = sum(_states(shape, run).values()) - _states(shape, run)["gradients"]
+    states = _states(shape, run)
+    resident = sum(states.values()) - states["gradients"]
     most = math.floor((device - run.taken - resident - HEADROOM) / device * 1000) / 1000
     return replace(run, share=most) if 0 < most < run.share else run
 
