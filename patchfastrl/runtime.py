@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 import sys
 import types
 import weakref
@@ -305,7 +304,8 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
     if _environment.get("MASTER_PORT") is None:
-        os.environ["MASTER_PORT"] = str(_free_port())  # TRL's choice is one of four, which others start with as well
+        # Torch takes a free one while it listens. A number chosen here could be another process's by then.
+        os.environ["MASTER_PORT"] = "0"
     ready = engine.brought_along(owner.model, kwargs)
     args = getattr(trainer, "args", None)
     return ready or engine.build(owner.model, owner.processing_class, args=args, **kwargs)
@@ -315,12 +315,6 @@ def _builds_for(owner: Any, trainer: Any) -> bool:
     if trainer is owner or trainer is getattr(owner, "trainer", None):
         return True
     return hasattr(owner, "accelerator") and getattr(trainer, "accelerator", None) is owner.accelerator
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def _restore_environment() -> None:

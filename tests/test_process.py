@@ -35,8 +35,8 @@ print("TRAINED", flush=True)
 """
 
 
-def start(tmp_path: Path, steps: int) -> subprocess.Popen[str]:
-    code = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"), steps=steps)
+def start(tmp_path: Path, steps: int, before: str = "") -> subprocess.Popen[str]:
+    code = before + SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"), steps=steps)
     environment = {**os.environ, "UNSLOTH_VLLM_STANDBY": "1", "TMPDIR": str(tmp_path)}
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -85,3 +85,29 @@ def test_ctrl_c_while_training(tmp_path):
     assert "KeyboardInterrupt" in err
     assert left_over(process.pid) == []
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("patchfastrl-")] == []
+
+
+TAKEN = """
+import os, socket
+import torch.distributed as dist
+
+init_process_group, others = dist.init_process_group, []
+
+def init(*args, **kwargs):
+    if port := int(os.environ["MASTER_PORT"]):
+        others.append(socket.create_server(("localhost", port)))
+    print("JOINED", flush=True)
+    return init_process_group(*args, **kwargs)
+
+dist.init_process_group = init
+"""
+
+
+@pytest.mark.timeout(240)
+def test_no_other_process_can_take_the_port_first(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    process = start(tmp_path, steps=1, before=TAKEN)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-2000:]
+    assert "JOINED" in out
+    assert "TRAINED" in out
