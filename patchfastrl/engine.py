@@ -38,6 +38,7 @@ from .compat import (
     expert_slots,
     import_errors,
     inspected_here,
+    own_memory,
     process_groups,
     sampler_warmup,
 )
@@ -206,10 +207,14 @@ def build(
     def on_load(engine_model: nn.Module) -> None:
         layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
-        sharing.materialise(engine_model, model, layout, home, made.get("own_memory", contextlib.nullcontext))
+        sharing.materialise(engine_model, model, layout, home)
         made["shared"] = sharing.Shared.of(model, engine_model, layout)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
+
+    def on_profiled() -> int:
+        memory.return_cached()
+        return made["shared"].own_memory(made.get("pool", contextlib.nullcontext)())
 
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -220,6 +225,7 @@ def build(
         if on_cpu:
             cpu_import_order.worker_first()
         stack.enter_context(_loader(on_load))
+        stack.enter_context(own_memory.after_profiling(on_profiled))
         if on_cpu:
             stack.enter_context(cpu_preload.not_needed())
             stack.enter_context(cpu_linear.plain_weights())
@@ -227,7 +233,7 @@ def build(
             stack.enter_context(cpu_kv_cache.in_bytes())
             stack.enter_context(cpu_heap.not_frozen())
         else:
-            made["own_memory"] = stack.enter_context(cuda_weight_pool.weights_outside())
+            made["pool"] = stack.enter_context(cuda_weight_pool.weights_outside())
         stack.enter_context(expert_slots.left_out())
         llm = SharedLLM(
             model=folder.name,

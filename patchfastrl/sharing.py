@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -21,7 +21,7 @@ from .checksum import checksum
 from .errors import SharingError, UnsupportedError
 from .memory import return_freed
 from .packed import dtype_of as packed_dtype
-from .packed import shape_of, values_of
+from .packed import shape_of
 from .structure import remembered
 from .trace import Copy, Recorder, Trace, View, combined_view, coverage, storage_key
 
@@ -29,8 +29,9 @@ from .trace import Copy, Recorder, Trace, View, combined_view, coverage, storage
 # default that no checkpoint overwrites.
 _SMALL = 4096
 
-# Bytes of the trainer's freed storage that may pile up before they are given back: of the host's memory, of a GPU's.
-_TRIM, _TRIM_GPU = 64 * 2**20, 2**30
+# Bytes of the trainer's freed storage that may pile up before they are given back: of the host's memory; of a GPU's,
+# where each time waits for the device, a share of the weights.
+_TRIM, _TRIM_SHARE = 64 * 2**20, 1 / 32
 
 
 # The trainer's side -------------------------------------------------------------------------------------------------
@@ -214,54 +215,59 @@ def _cannot_share(model: nn.Module, engine_model: nn.Module, why: str) -> Sharin
 # Materialise --------------------------------------------------------------------------------------------------------
 
 
-def materialise(
-    engine_model: nn.Module,
-    model: nn.Module,
-    plan: Plan,
-    device: torch.device,
-    own_memory: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> None:
+def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: torch.device) -> None:
     """Give the engine's parameters memory holding the trainer's values, and make the trainer's views of it.
 
-    Peak: one copy of the weights plus the largest fused tensor (and up to `_TRIM` or `_TRIM_GPU` bytes that are on
-    their way back), plus what the engine has for its own.
+    The engine's own weights get zeros, all in one small piece of memory, until `own_memory` replaces it.
 
-    Args:
-        own_memory: where the engine's own weights are allocated.
+    Peak: one copy of the weights, the largest fused tensor, the largest of the engine's own, and what is on its way
+    back to the device.
     """
     parameters = base_parameters(model)
+    trim = max(_TRIM, 0 if device.type == "cpu" else int(_TRIM_SHARE * sum(p.nbytes for p in parameters.values())))
     freed = 0
     of_engine: dict[str, list[tuple[str, View]]] = defaultdict(list)
     for name, (destination, view) in plan.views.items():
         of_engine[destination].append((name, view))
-    own = {}
-    with own_memory():  # once: vLLM's pools end with the last tensor that was made under their name
-        for destination, tensor in engine_model.named_parameters():
-            if destination in plan.own:
-                own[destination] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    for destination, tensor in list(engine_model.named_parameters()):
+    engines = dict(engine_model.named_parameters())
+    zeros = _zeros([engines[destination] for destination in plan.own], device)
+    for destination, tensor in engines.items():
+        if destination in plan.own:
+            _become(tensor, zeros[tensor.dtype][: tensor.numel()].view(tensor.shape))
+            continue
         if destination not in of_engine and destination not in plan.fills:
             continue
         with torch.no_grad():
-            home = own.get(destination, tensor.data)
+            home = tensor.data
             if home.is_meta:
                 home = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            for view, value in plan.fills.get(destination, []):
-                view.on(home).fill_(value)
+            _fill(plan, destination, home)
             for name, view in of_engine[destination]:
-                view.on(home).copy_(values_of(parameters[name]))
-                if destination not in own:
-                    _rebind(name, parameters[name], view.on(home))
-                    freed += home.element_size() * view.numel
-        if freed > (_TRIM if device.type == "cpu" else _TRIM_GPU):
+                view.on(home).copy_(parameters[name].data)
+                _rebind(name, parameters[name], view.on(home))
+                freed += home.element_size() * view.numel
+        if freed > trim:
             return_freed()
             freed = 0
-        if tensor.is_meta or destination in own:
+        if tensor.is_meta:
             _become(tensor, home)
     return_freed()
     left = [n for n, t in engine_model.named_parameters() if t.is_meta]
     if left:
         raise SharingError(f"The engine's {', '.join(left)} would have no memory: nothing was traced into them.")
+
+
+def _zeros(tensors: list[nn.Parameter], device: torch.device) -> dict[torch.dtype, torch.Tensor]:
+    """For each dtype, zeros enough for the largest of the tensors."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = max(tensor.numel(), sizes.get(tensor.dtype, 0))
+    return {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+
+
+def _fill(plan: Plan, destination: str, home: torch.Tensor) -> None:
+    for view, value in plan.fills.get(destination, []):
+        view.on(home).fill_(value)
 
 
 def _rebind(name: str, parameter: nn.Parameter, view: torch.Tensor) -> None:
@@ -334,22 +340,36 @@ class Shared:
         for destination in dict.fromkeys(d for d, _ in plan.views.values()):
             shared.homes[destination] = tensors[destination]
             shared.keys[destination] = storage_key(tensors[destination])
-            size = tensors[destination].untyped_storage().nbytes()
-            if destination in plan.own:
-                shared.own_bytes += size
-            else:
-                shared.bytes += size
+            if destination not in plan.own:
+                shared.bytes += tensors[destination].untyped_storage().nbytes()
         return shared
+
+    def own_memory(self, pool: contextlib.AbstractContextManager[Any]) -> int:
+        """Give the engine's own weights memory, allocated inside `pool`. Returns its bytes. They are zeros still.
+
+        Raises:
+            SharingError: the engine has replaced one of them since it was laid out.
+        """
+        held = {id(tensor) for tensor in self.engine_model.parameters()}
+        with pool, torch.no_grad():
+            for destination, home in self.homes.items():
+                if destination not in self.plan.own:
+                    continue
+                if id(home) not in held or storage_key(home) != self.keys[destination]:
+                    raise self._replaced(destination)
+                fresh = torch.zeros(home.shape, dtype=home.dtype, device=home.device)
+                _fill(self.plan, destination, fresh)
+                home.data = fresh
+                self.keys[destination] = storage_key(home)
+                self.own_bytes += fresh.nbytes
+        return self.own_bytes
 
     def check(self) -> None:
         """Every trainer parameter is still the planned view of the engine's storage. Microseconds per parameter."""
         held = {storage_key(t) for t in _tensors_of(self.engine_model)}
         for destination, key in self.keys.items():
             if key not in held:
-                raise SharingError(
-                    f"The engine has replaced {destination}: it repacks or reloads this weight on this platform, so it "
-                    "no longer reads the trainer's. Train this model with stock TRL (leave PatchFastRL() out)."
-                )
+                raise self._replaced(destination)
         current = base_parameters(self.model)
         for name, (destination, view) in self.plan.views.items():
             parameter = current.get(name)
@@ -366,6 +386,13 @@ class Shared:
                 f"The model in training has got new base weights ({', '.join(added[:4])}) since the engine was built "
                 "round it. Change the model first, then build the trainer."
             )
+
+    @staticmethod
+    def _replaced(destination: str) -> SharingError:
+        return SharingError(
+            f"The engine has replaced {destination}: it repacks or reloads this weight on this platform, so it "
+            "no longer reads the trainer's. Train this model with stock TRL (leave PatchFastRL() out)."
+        )
 
     def checksum(self) -> int:
         """A number that changes when any shared weight does, or when weights change places. Reads the storage twice."""

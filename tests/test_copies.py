@@ -106,6 +106,60 @@ def engine_report_of(llm: Any) -> dict[str, Any]:
     return engine_report(owner)
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What vLLM's worker finds when it measures the memory for its KV cache, and a small answer of its own."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    found = {"left": 8 * 2**20}
+    before = CPUWorker.determine_available_memory
+
+    def measure(self: Any) -> int:
+        before(self)
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.model.parameters()}
+        found["weights"] = sum(storage.nbytes() for storage in storages.values())
+        return found["left"]
+
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", measure)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_there_is_one_copy_until_vllm_has_measured_the_memory(packed: bool, measured: dict[str, int]) -> None:
+    model = tiny.adapted(quantised() if packed else tiny.model("qwen2"))
+    llm = merged(model)
+    largest = max(home.nbytes for home in llm.copies.storages())
+    assert llm.shared.own_bytes > 4 * largest
+    assert measured["weights"] == llm.shared.bytes + largest
+    assert_alike(llm, model)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_copy_is_taken_from_what_is_left_for_the_kv_cache(given: bool, measured: dict[str, int]) -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model, kv_cache_memory_bytes=measured["left"] if given else None)
+    room = measured["left"] - (0 if given else llm.shared.own_bytes)
+    cache = llm.llm_engine.vllm_config.cache_config
+    block = sum(t.nbytes for t in llm.model_runner.kv_caches) // cache.num_gpu_blocks
+    assert cache.num_gpu_blocks == room // block
+    assert llm.shared.own_bytes > block
+
+
+def test_a_weight_that_vllm_replaces_while_it_measures_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    measure = CPUWorker.determine_available_memory
+
+    def and_replace(self: Any) -> int:
+        layer = self.model_runner.model.model.layers[1].mlp.down_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+        return measure(self)
+
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", and_replace)
+    with pytest.raises(SharingError, match=r"replaced model\.layers\.1\.mlp\.down_proj\.weight"):
+        merged(tiny.adapted(tiny.model("qwen2")))
+
+
 def test_standby_releases_the_copy_and_what_was_in_it_is_not_sampled_from() -> None:
     model = tiny.adapted(tiny.model("qwen2"))
     llm = merged(model, enable_sleep_mode=True)
