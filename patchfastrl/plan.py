@@ -240,16 +240,20 @@ def shape_of_name(name: str, rank: int) -> Shape:
     """The shape of a model of which only the configuration is read.
 
     Raises:
-        UnsupportedError: there is no such model, or it is no causal language model.
+        UnsupportedError: there is no such model, it is no causal language model, or it is quantised in a way that
+            an engine cannot be filled from.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from . import quantisation
+
     try:
+        quantisation.refuse_loading(name, {})
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UnsupportedError(f"plan: {name} cannot be read as a causal language model: {error}") from error
     return shape_of_model(model, rank)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -133,5 +134,9 @@ def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "of the device: the trainer needs the rest" in capsys.readouterr().out
     assert cli.main(["plan", path, "--tokens", "64", "--memory", "1", "--share", "0.5"]) == 1
     assert "No setting makes it fit" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert cli.main(["plan", path, "--tokens", "64", "--memory", "80"]) == 1
+    assert "quantization_config (awq)" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path / "nothing")]) == 1
     assert "nothing" in capsys.readouterr().err
