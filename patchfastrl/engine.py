@@ -29,6 +29,7 @@ from .compat import (
     cpu_import_order,
     cpu_kv_cache,
     cpu_linear,
+    cpu_lora,
     cpu_packed,
     cpu_preload,
     cpu_rms_norm,
@@ -248,6 +249,8 @@ def build(
         llm.copies.merges = merging and llm.copies.hold_all_of(model)
     if max_lora_rank is not None:
         llm.slot = Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
+        if on_cpu:
+            cpu_lora.install(llm.model_runner.lora_manager._adapter_manager.modules.values())
     if on_cpu:
         llm._standby = cpu_standby.install(llm.worker, llm.copies.storages() if llm.copies is not None else [])
     if llm.copies is not None:

@@ -574,6 +574,10 @@ def test_explicit_requests(pair: tuple[Any, Any], tmp_path: Path) -> None:
     # One request for each prompt of a batch.
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": PROMPT}] * 3
-    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=[llm.current_request(), request, request])
-    assert [list(o.outputs[0].token_ids) for o in outputs] == [current, other, other]
+    for requests, expected in (
+        ([llm.current_request(), request, request], [current, other, other]),
+        ([None, llm.current_request(), None], [base, current, base]),
+    ):
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=requests)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == expected
     assert tiny.engine_greedy(llm, PROMPT) == current
