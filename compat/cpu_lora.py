@@ -1,8 +1,8 @@
-"""vLLM's CPU worker copies an adapter once for every token: two matrix products for the whole batch instead.
+"""vLLM's CPU worker copies the adapter once for every token: two matrix products for the whole batch instead.
 
 Requirement: vLLM on the CPU platform, all releases so far.
-Reason: for each token it gathers that token's lora_A and lora_B, some hundred times the work; where a batch mixes
-requests with and without an adapter, those without get it as well (index -1 is the last row).
+Reason: a GRPO step with LoRA took 1.3 times as long; and where a batch mixes requests with and without an adapter,
+those without got it as well (their index, -1, is the last row).
 Link: vllm/lora/ops/torch_ops/lora_ops.py
 Until: vLLM's `PunicaWrapperCPU` groups tokens by adapter.
 """

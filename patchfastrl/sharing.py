@@ -29,8 +29,8 @@ from .trace import Copy, Recorder, Trace, View, combined_view, coverage, storage
 # default that no checkpoint overwrites.
 _SMALL = 4096
 
-# Bytes of the trainer's freed storage that may pile up before they are given back: of the host's memory; of a GPU's,
-# where each time waits for the device, a share of the weights.
+# How much of the trainer's freed storage may pile up before it is given back: bytes; on a GPU, which is waited for each
+# time, at least this share of the weights.
 _TRIM, _TRIM_SHARE = 64 * 2**20, 1 / 32
 
 
