@@ -350,12 +350,12 @@ def say_what_takes_long(side: str) -> None:
     say_times(grpo_trainer, "create_model_from_path", "reading the trainer's model")
     say_times(vllm.LLM, "__init__", "vLLM's engine in all")
     if side != "stock":
-        from patchfastrl import engine, sharing
+        from patchfastrl import engine, materialise, sharing
 
         say_times(engine, "build", "the shared engine in all")
         say_times(engine, "audit", "audit of the shared engine")
         say_times(sharing, "make_plan", "tracing vLLM's loading")
-        say_times(sharing, "materialise", "laying out the shared weights")
+        say_times(materialise, "materialise", "laying out the shared weights")
 
 
 def unsloth_trainer(

@@ -21,7 +21,7 @@ from torch import nn
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
-from . import adapters, guards, install, memory, plan, quantisation, rollouts, sharing, training
+from . import adapters, guards, install, materialise, memory, plan, quantisation, rollouts, sharing, training
 from .audit import audit
 from .compat import (
     cpu_experts,
@@ -208,14 +208,14 @@ def build(
     def on_load(engine_model: nn.Module) -> None:
         layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
-        sharing.materialise(engine_model, model, layout, home)
+        materialise.materialise(engine_model, model, layout, home)
         made["shared"] = sharing.Shared.of(model, engine_model, layout)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
 
     def on_profiled() -> int:
         memory.return_cached()
-        return made["shared"].own_memory(made.get("pool", contextlib.nullcontext)())
+        return materialise.own_memory(made["shared"], made.get("pool", contextlib.nullcontext)())
 
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -329,7 +329,7 @@ def _loader(on_load: Any) -> Iterator[None]:
     """Our load format is known to vLLM while an engine is built, and no longer: it refers to the model."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 
-    register_model_loader(LOAD_FORMAT)(sharing.as_loader(on_load))
+    register_model_loader(LOAD_FORMAT)(materialise.as_loader(on_load))
     try:
         yield
     finally:

@@ -1,13 +1,11 @@
-"""One storage for every base weight: trace where the engine wants it, plan, materialise, audit.
+"""One storage for every base weight: where the engine wants it, and whether both sides still have it.
 
-The engine's model is built without weights. Its own `load_weights` is watched (see `trace`) to learn where each of
-the trainer's parameters belongs; then, one engine tensor at a time, real memory is allocated, the trainer's values are
-copied in, and the trainer's parameters become views of it. The trainer's values always win: nothing is read from disk.
+The engine's own `load_weights` is watched (see `trace`) to learn where each of the trainer's parameters belongs.
+`materialise` carries the plan out. The trainer's values always win: nothing is read from disk.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,21 +16,11 @@ import torch
 from torch import nn
 
 from .checksum import checksum
-from .errors import SharingError, UnsupportedError
-from .memory import return_freed
+from .errors import SharingError
 from .packed import dtype_of as packed_dtype
 from .packed import shape_of
 from .structure import remembered
 from .trace import Copy, Recorder, Trace, View, combined_view, coverage, storage_key
-
-# Engine parameters up to this many elements keep the memory that they were built with: some of them (a KV scale) hold a
-# default that no checkpoint overwrites.
-_SMALL = 4096
-
-# How much of the trainer's freed storage may pile up before it is given back: bytes; on a GPU, which is waited for each
-# time, at least this share of the weights.
-_TRIM, _TRIM_SHARE = 64 * 2**20, 1 / 32
-
 
 # The trainer's side -------------------------------------------------------------------------------------------------
 
@@ -212,104 +200,6 @@ def _cannot_share(model: nn.Module, engine_model: nn.Module, why: str) -> Sharin
     )
 
 
-# Materialise --------------------------------------------------------------------------------------------------------
-
-
-def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: torch.device) -> None:
-    """Give the engine's parameters memory holding the trainer's values, and make the trainer's views of it.
-
-    The engine's own weights get zeros, all in one small piece of memory, until `own_memory` replaces it.
-
-    Peak: one copy of the weights, the largest fused tensor, the largest of the engine's own, and what is on its way
-    back to the device.
-    """
-    parameters = base_parameters(model)
-    trim = max(_TRIM, 0 if device.type == "cpu" else int(_TRIM_SHARE * sum(p.nbytes for p in parameters.values())))
-    freed = 0
-    of_engine: dict[str, list[tuple[str, View]]] = defaultdict(list)
-    for name, (destination, view) in plan.views.items():
-        of_engine[destination].append((name, view))
-    engines = dict(engine_model.named_parameters())
-    zeros = _zeros([engines[destination] for destination in plan.own], device)
-    for destination, tensor in engines.items():
-        if destination in plan.own:
-            _become(tensor, zeros[tensor.dtype][: tensor.numel()].view(tensor.shape))
-            continue
-        if destination not in of_engine and destination not in plan.fills:
-            continue
-        with torch.no_grad():
-            home = tensor.data
-            if home.is_meta:
-                home = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            _fill(plan, destination, home)
-            for name, view in of_engine[destination]:
-                view.on(home).copy_(parameters[name].data)
-                _rebind(name, parameters[name], view.on(home))
-                freed += home.element_size() * view.numel
-        if freed > trim:
-            return_freed()
-            freed = 0
-        if tensor.is_meta:
-            _become(tensor, home)
-    return_freed()
-    left = [n for n, t in engine_model.named_parameters() if t.is_meta]
-    if left:
-        raise SharingError(f"The engine's {', '.join(left)} would have no memory: nothing was traced into them.")
-
-
-def _zeros(tensors: list[nn.Parameter], device: torch.device) -> dict[torch.dtype, torch.Tensor]:
-    """For each dtype, zeros enough for the largest of the tensors."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        sizes[tensor.dtype] = max(tensor.numel(), sizes.get(tensor.dtype, 0))
-    return {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
-
-
-def _fill(plan: Plan, destination: str, home: torch.Tensor) -> None:
-    for view, value in plan.fills.get(destination, []):
-        view.on(home).fill_(value)
-
-
-def _rebind(name: str, parameter: nn.Parameter, view: torch.Tensor) -> None:
-    if parameter.device != view.device:
-        raise UnsupportedError(
-            f"{name} is on {parameter.device} and the engine on {view.device}. Load the whole model onto one device "
-            "(no device_map that splits or off-loads it)."
-        )
-    if not torch.equal(parameter.data, view):
-        raise SharingError(f"{name} does not read back from the engine's storage as it was written.")
-    parameter.data = view
-
-
-@contextlib.contextmanager
-def without_memory() -> Iterator[dict[str, bool]]:
-    """Build modules whose parameters have shape, dtype and class, but no memory, from the moment they are registered.
-
-    Yields a switch: set `["on"] = False` to end it early, while the block still runs.
-    """
-    register = nn.Module.register_parameter
-    switch = {"on": True}
-
-    def register_without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if switch["on"] and param is not None and not param.is_meta and param.numel() > _SMALL:
-            _become(param, torch.empty_like(param.data, device="meta"))
-
-    nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign]
-    try:
-        yield switch
-    finally:
-        switch["on"] = False
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _become(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Put `data` (maybe on another device, which `.data =` refuses) under the same Parameter object."""
-    twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
-    twin.__dict__.update(parameter.__dict__)
-    torch.utils.swap_tensors(parameter, twin)
-
-
 # Audit --------------------------------------------------------------------------------------------------------------
 
 
@@ -344,32 +234,12 @@ class Shared:
                 shared.bytes += tensors[destination].untyped_storage().nbytes()
         return shared
 
-    def own_memory(self, pool: contextlib.AbstractContextManager[Any]) -> int:
-        """Give the engine's own weights memory, allocated inside `pool`. Returns its bytes. They are zeros still.
-
-        Raises:
-            SharingError: the engine has replaced one of them since it was laid out.
-        """
-        held = {id(tensor) for tensor in self.engine_model.parameters()}
-        with pool, torch.no_grad():
-            for destination, home in self.homes.items():
-                if destination not in self.plan.own:
-                    continue
-                if id(home) not in held or storage_key(home) != self.keys[destination]:
-                    raise self._replaced(destination)
-                fresh = torch.zeros(home.shape, dtype=home.dtype, device=home.device)
-                _fill(self.plan, destination, fresh)
-                home.data = fresh
-                self.keys[destination] = storage_key(home)
-                self.own_bytes += fresh.nbytes
-        return self.own_bytes
-
     def check(self) -> None:
         """Every trainer parameter is still the planned view of the engine's storage. Microseconds per parameter."""
         held = {storage_key(t) for t in _tensors_of(self.engine_model)}
         for destination, key in self.keys.items():
             if key not in held:
-                raise self._replaced(destination)
+                raise replaced(destination)
         current = base_parameters(self.model)
         for name, (destination, view) in self.plan.views.items():
             parameter = current.get(name)
@@ -387,39 +257,13 @@ class Shared:
                 "round it. Change the model first, then build the trainer."
             )
 
-    @staticmethod
-    def _replaced(destination: str) -> SharingError:
-        return SharingError(
-            f"The engine has replaced {destination}: it repacks or reloads this weight on this platform, so it "
-            "no longer reads the trainer's. Train this model with stock TRL (leave PatchFastRL() out)."
-        )
-
     def checksum(self) -> int:
         """A number that changes when any shared weight does, or when weights change places. Reads the storage twice."""
         return checksum(home for name, home in self.homes.items() if name not in self.plan.own)
 
 
-def as_loader(on_load: Any) -> type:
-    """A vLLM model loader class whose `load_weights` is `on_load(engine_model)`; `load_model` builds without memory."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    class SharedWeightLoader(BaseModelLoader):
-        def download_model(self, model_config: Any) -> None:
-            """Nothing to download: the weights are the trainer's."""
-
-        def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-            if model_config.using_transformers_backend():
-                # Refused before it is built: building it changes transformers' own class, the trainer's.
-                raise SharingError(
-                    f"vLLM has no {model_config.hf_config.architectures[0]} of its own, and its Transformers backend "
-                    "cannot share weights. Train this model with stock TRL (leave PatchFastRL() out), or train a model "
-                    "of a supported family."
-                )
-            with without_memory() as self._switch:
-                return super().load_model(vllm_config, model_config, *args, **kwargs)
-
-        def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            self._switch["on"] = False
-            on_load(model)
-
-    return SharedWeightLoader
+def replaced(destination: str) -> SharingError:
+    return SharingError(
+        f"The engine has replaced {destination}: it repacks or reloads this weight on this platform, so it "
+        "no longer reads the trainer's. Train this model with stock TRL (leave PatchFastRL() out)."
+    )

@@ -16,7 +16,8 @@ import torch
 from patchfastrl import PatchFastRL, UnpatchFastRL
 from patchfastrl.copies import Copies
 from patchfastrl.errors import GuardError, SharingError, UnsupportedError
-from patchfastrl.sharing import Shared, base_parameters, make_plan, materialise
+from patchfastrl.materialise import materialise, own_memory
+from patchfastrl.sharing import Shared, base_parameters, make_plan
 from patchfastrl.trace import storage_key
 
 pytestmark = pytest.mark.timeout(180)
@@ -210,7 +211,7 @@ def private(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     plan = make_plan(engine_model, model, cast=True)
     materialise(engine_model, model, plan, torch.device("cpu"))
     llm.shared = Shared.of(model, engine_model, plan)
-    llm.shared.own_memory(contextlib.nullcontext())
+    own_memory(llm.shared, contextlib.nullcontext())
     llm.copies = Copies(llm.shared, merges=False)
     return llm, model
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from patchfastrl.errors import SharingError
-from patchfastrl.sharing import Shared, make_plan, materialise
+from patchfastrl.materialise import materialise
+from patchfastrl.sharing import Shared, make_plan
 from patchfastrl.trace import Copy, View, combined_view, coverage, storage_key
 
 pytestmark = pytest.mark.timeout(120)
@@ -240,6 +241,36 @@ def mixtures(draw: st.DrawFn) -> tuple[dict, dict, dict]:
 def test_mixtures_of_experts(case: tuple[dict, dict, dict]) -> None:
     shapes, loaders, tensors = case
     assert_shares(shapes, loaders, Trainer(tensors))
+
+
+def test_what_lies_as_the_engine_wants_it_is_not_copied() -> None:
+    """Parts of a fused tensor move, and so does what shares its storage with others or lies in another order."""
+
+    def rows_of_fused(first: int) -> Callable:
+        return lambda engine, tensor: engine.fused.data[first : first + 2].copy_(tensor)
+
+    def into(name: str) -> Callable:
+        return lambda engine, tensor: getattr(engine, name).data.copy_(tensor.view_as(getattr(engine, name)))
+
+    file = torch.randn(30)  # several tensors of a checkpoint, mapped
+    trainer = Trainer(
+        {
+            "alone": torch.randn(4, 3),
+            "reshaped": torch.randn(6, 1, 2),
+            "q": torch.randn(2, 3),
+            "k": torch.randn(2, 3),
+            "first_of_file": file[:12].view(4, 3),
+            "later_in_file": file[12:24].view(4, 3),
+            "columns_first": torch.randn(3, 4).T,
+        }
+    )
+    single = {name: into(name) for name in ("alone", "reshaped", "first_of_file", "later_in_file", "columns_first")}
+    shapes = {"fused": (4, 3), "reshaped": (6, 2), **{n: (4, 3) for n in single if n != "reshaped"}}
+    loaders = {"q": rows_of_fused(0), "k": rows_of_fused(2), **single}
+    before = {name: parameter.data_ptr() for name, parameter in trainer.named_parameters()}
+    assert_shares(shapes, loaders, trainer)
+    kept = {name for name, parameter in trainer.named_parameters() if parameter.data_ptr() == before[name]}
+    assert kept == {"alone", "reshaped"}
 
 
 class TiedEngine(Engine):
