@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +162,37 @@ def test_a_weight_that_vllm_replaces_while_it_measures_is_noticed(monkeypatch: p
     monkeypatch.setattr(CPUWorker, "determine_available_memory", and_replace)
     with pytest.raises(SharingError, match=r"replaced model\.layers\.1\.mlp\.down_proj\.weight"):
         merged(tiny.adapted(tiny.model("qwen2")))
+
+
+COMPILED = """
+import sys
+sys.path.insert(0, {tests!r})
+from patchfastrl import PatchFastRL
+PatchFastRL(rollouts="merged")
+import tiny
+from torch._dynamo.utils import counters
+
+model = tiny.adapted(tiny.model("qwen2"))
+llm = tiny.engine(model, enforce_eager=False)
+assert counters["frames"]["ok"], counters
+prompt = tiny.ids(16)
+for seed in (2, 3):
+    tiny.scramble(model, seed=seed)
+    llm.publish()
+    difference = (tiny.engine_logprobs(llm, prompt) - tiny.logprobs(model, prompt)).abs().max()
+    assert difference < 1e-4, difference
+print("FOLLOWED")
+"""
+
+
+@pytest.mark.timeout(240)
+def test_a_compiled_engine_follows(tmp_path: Path) -> None:
+    """It is compiled while vLLM measures the memory, before there is memory for the copy."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "VLLM_CACHE_ROOT": str(tmp_path)}
+    del environment["TORCHDYNAMO_DISABLE"]
+    code = COMPILED.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert "FOLLOWED" in done.stdout, done.stderr[-2000:]
 
 
 def test_standby_releases_the_copy_and_what_was_in_it_is_not_sampled_from() -> None:
