@@ -215,7 +215,9 @@ def build(
 
     def on_profiled() -> int:
         memory.return_cached()
-        return materialise.own_memory(made["shared"], made.get("pool", contextlib.nullcontext)())
+        taken = materialise.own_memory(made["shared"], made.get("pool", contextlib.nullcontext)())
+        memory.return_cached()
+        return taken
 
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:

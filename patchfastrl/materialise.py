@@ -172,21 +172,26 @@ def _rebind(name: str, parameter: nn.Parameter, view: torch.Tensor) -> None:
 
 
 def own_memory(shared: Shared, pool: contextlib.AbstractContextManager[Any]) -> int:
-    """Give the engine's own weights memory, allocated inside `pool`. Returns its bytes. They are zeros still.
+    """Give the engine's own weights memory, allocated inside `pool`. They are zeros still.
+
+    Returns:
+        Bytes, less those of the memory that stood in for it and is free now.
 
     Raises:
         SharingError: the engine has replaced one of them since it was laid out.
     """
     held = {id(tensor) for tensor in shared.engine_model.parameters()}
+    stood_in: dict[int, int] = {}
     with pool, torch.no_grad():
         for destination, home in shared.homes.items():
             if destination not in shared.plan.own:
                 continue
             if id(home) not in held or storage_key(home) != shared.keys[destination]:
                 raise replaced(destination)
+            stood_in[storage_key(home)] = home.untyped_storage().nbytes()
             fresh = torch.zeros(home.shape, dtype=home.dtype, device=home.device)
             _fill(shared.plan, destination, fresh)
             home.data = fresh
             shared.keys[destination] = storage_key(home)
             shared.own_bytes += fresh.nbytes
-    return shared.own_bytes
+    return shared.own_bytes - sum(stood_in.values())
