@@ -28,9 +28,7 @@ def _add_lora_linear(
     x: torch.Tensor,
     lora_a_stacked: tuple[torch.Tensor, ...],
     lora_b_stacked: tuple[torch.Tensor, ...],
-    scale: float,
-    output_slices: tuple[int, ...],
-    **kwargs: Any,
+    *further: Any,
 ) -> None:
     """`y += scale * x A B` for the tokens that are sampled with the adapter, one slice of `y` at a time.
 
@@ -39,7 +37,9 @@ def _add_lora_linear(
         x: (..., in).
         lora_a_stacked: (1, 1, rank, in) for each slice.
         lora_b_stacked: (1, 1, width of the slice, rank) for each slice.
+        further: scale, and the slices' widths. Before vLLM 0.12 the adapter's biases, of which a slot has none, first.
     """
+    *_, scale, output_slices = further
     if self.no_lora:
         return
     y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])

@@ -215,9 +215,9 @@ def build(
 
     def on_profiled() -> int:
         memory.return_cached()
-        taken = materialise.own_memory(made["shared"], made.get("pool", contextlib.nullcontext)())
+        more = materialise.own_memory(made["shared"], made.get("pool", contextlib.nullcontext)())
         memory.return_cached()
-        return taken
+        return more
 
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:

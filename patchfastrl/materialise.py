@@ -16,7 +16,7 @@ from torch import nn
 
 from .errors import SharingError, UnsupportedError
 from .memory import return_freed
-from .sharing import Plan, Shared, base_parameters, replaced
+from .sharing import Plan, Shared, base_parameters, engine_replaced
 from .trace import View, storage_key
 
 # Engine parameters up to this many elements keep the memory that they were built with: some of them (a KV scale) hold a
@@ -101,9 +101,9 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
     parameters = base_parameters(model)
     trim = max(_TRIM, 0 if device.type == "cpu" else int(_TRIM_SHARE * sum(p.nbytes for p in parameters.values())))
     freed = 0
-    of_engine: dict[str, list[tuple[str, View]]] = defaultdict(list)
+    of_engine: dict[str, list[tuple[str, nn.Parameter, View]]] = defaultdict(list)
     for name, (destination, view) in plan.views.items():
-        of_engine[destination].append((name, view))
+        of_engine[destination].append((name, parameters[name], view))
     engines = dict(engine_model.named_parameters())
     zeros = _zeros([engines[destination] for destination in plan.own], device)
     for destination, tensor in engines.items():
@@ -112,10 +112,12 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
             continue
         if destination not in of_engine and destination not in plan.fills:
             continue
-        sources = [(name, parameters[name], view) for name, view in of_engine[destination]]
-        if tensor.is_meta and len(sources) == 1 and _lies_alone(*sources[0][1:], tensor.numel(), device):
-            _become(tensor, sources[0][1].data.view(tensor.shape))
-            continue
+        sources = of_engine[destination]
+        if tensor.is_meta and len(sources) == 1:
+            _, parameter, view = sources[0]
+            if _lies_alone(parameter, view, tensor.numel(), device):
+                _become(tensor, parameter.data.view(tensor.shape))
+                continue
         with torch.no_grad():
             home = tensor.data
             if home.is_meta:
@@ -182,12 +184,12 @@ def own_memory(shared: Shared, pool: contextlib.AbstractContextManager[Any]) -> 
     """
     held = {id(tensor) for tensor in shared.engine_model.parameters()}
     stood_in: dict[int, int] = {}
-    with pool, torch.no_grad():
+    with pool, torch.no_grad():  # all at once: vLLM's pools end with the last tensor that was made under their name
         for destination, home in shared.homes.items():
             if destination not in shared.plan.own:
                 continue
             if id(home) not in held or storage_key(home) != shared.keys[destination]:
-                raise replaced(destination)
+                raise engine_replaced(destination)
             stood_in[storage_key(home)] = home.untyped_storage().nbytes()
             fresh = torch.zeros(home.shape, dtype=home.dtype, device=home.device)
             _fill(shared.plan, destination, fresh)

@@ -239,7 +239,7 @@ class Shared:
         held = {storage_key(t) for t in _tensors_of(self.engine_model)}
         for destination, key in self.keys.items():
             if key not in held:
-                raise replaced(destination)
+                raise engine_replaced(destination)
         current = base_parameters(self.model)
         for name, (destination, view) in self.plan.views.items():
             parameter = current.get(name)
@@ -262,7 +262,7 @@ class Shared:
         return checksum(home for name, home in self.homes.items() if name not in self.plan.own)
 
 
-def replaced(destination: str) -> SharingError:
+def engine_replaced(destination: str) -> SharingError:
     return SharingError(
         f"The engine has replaced {destination}: it repacks or reloads this weight on this platform, so it "
         "no longer reads the trainer's. Train this model with stock TRL (leave PatchFastRL() out)."
