@@ -17,19 +17,24 @@ from typing import Any
 
 import torch
 
+from .cuda_weight_pool import OWN_WEIGHTS
 
-class KVCacheStorages:
-    """The storages behind a worker's KV cache, releasable. Every method can be interrupted and called again."""
 
-    def __init__(self, kv_caches: Any) -> None:
-        by_identity = {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(kv_caches)}
-        self._storages = [(storage, storage.nbytes()) for storage in by_identity.values()]
+class Storages:
+    """What standby releases of a worker's memory, by tag. Every method can be interrupted and called again."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        self._storages = [
+            (tag, storage, storage.nbytes())
+            for tag, some in tensors.items()
+            for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(some)}.values()
+        ]
         self._released: set[int] = set()
         self.releases = 0  # how often the contents were lost
 
     @property
     def nbytes(self) -> int:
-        return sum(size for _, size in self._storages)
+        return sum(size for _, _, size in self._storages)
 
     @property
     def resident(self) -> bool:
@@ -37,13 +42,13 @@ class KVCacheStorages:
 
     def release(self) -> None:
         self.releases += 1
-        for number, (storage, _) in enumerate(self._storages):
+        for number, (_, storage, _) in enumerate(self._storages):
             self._released.add(number)
             storage.resize_(0)
 
-    def restore(self) -> None:
-        for number, (storage, size) in enumerate(self._storages):
-            if number in self._released:
+    def restore(self, tags: list[str] | None = None) -> None:
+        for number, (tag, storage, size) in enumerate(self._storages):
+            if number in self._released and (tags is None or tag in tags):
                 storage.resize_(size)
                 storage.fill_(0)  # attention multiplies masked positions by zero, and 0 * NaN is NaN
                 self._released.remove(number)
@@ -59,20 +64,19 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def install(worker: Any, own_weights: list[torch.Tensor]) -> KVCacheStorages:
+def install(worker: Any, own_weights: list[torch.Tensor]) -> Storages:
     """Replace `sleep` and `wake_up` of this CPU worker. Its KV cache must be allocated already.
 
     Args:
         own_weights: what else is released; their contents are lost, as the cache's are.
     """
-    storages = KVCacheStorages([worker.model_runner.kv_caches, own_weights])
+    storages = Storages({"kv_cache": worker.model_runner.kv_caches, OWN_WEIGHTS: own_weights})
 
     def sleep(level: int = 1) -> None:
         storages.release()
 
     def wake_up(tags: list[str] | None = None) -> None:
-        if tags is None or "kv_cache" in tags:
-            storages.restore()
+        storages.restore(tags)
 
     worker.sleep, worker.wake_up = sleep, wake_up
     return storages

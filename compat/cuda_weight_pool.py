@@ -14,7 +14,7 @@ from typing import Any
 
 from .replaced import replaced
 
-_TAG = "own weights"  # any but vLLM's "weights", which level 1 would copy to the host
+OWN_WEIGHTS = "own weights"  # a tag; any but vLLM's "weights", which level 1 would copy to the host
 
 
 @contextlib.contextmanager
@@ -33,4 +33,4 @@ def weights_outside() -> Iterator[Callable[[], Any]]:
         return contextlib.nullcontext() if tag == "weights" else before(self, tag)
 
     with replaced(Worker, "_maybe_get_memory_pool_context", only_the_kv_cache) as before:
-        yield lambda: before(workers[0], _TAG)
+        yield lambda: before(workers[0], OWN_WEIGHTS)

@@ -30,28 +30,35 @@ def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: 
 
 
 @functools.lru_cache(maxsize=8)
-def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> torch.Tensor:
+def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """One row for each chunk of each storage: its address, its words, the number of its first word, whose it is.
 
     Args:
-        places: address and words of each storage.
+        places: address and bytes of each storage.
+
+    Returns:
+        The rows, (chunks, 4), and the bytes of each storage, (storages,), int64, on the device.
     """
-    addresses, words = np.array(places, dtype=np.int64).T
+    addresses, sizes = np.array(places, dtype=np.int64).T
+    words = sizes // 8
     chunks = -(-words // _CHUNK)
     owner = np.repeat(np.arange(len(places)), chunks)
     first = (np.arange(len(owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * _CHUNK
     rows = np.stack([addresses[owner] + 8 * first, np.minimum(words[owner] - first, _CHUNK), first, owner], axis=1)
-    return torch.from_numpy(rows).to(device)
+    return torch.from_numpy(rows).to(device), torch.from_numpy(sizes.copy()).to(device)
 
 
-def weighted_sums(storages: list[torch.UntypedStorage], device: torch.device) -> torch.Tensor:
-    """For each storage (of whole 8-byte words, on `device`) the sum of its words, each times an odd number, int64.
+def weighted_sums(storages: list[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """For each storage the sum of its 8-byte words, each times an odd number, int64.
 
     One pass at the speed of the memory. The number is that of the word's place, so a change of one word always changes
     the sum: odd factors can be undone modulo 2**64.
+
+    Args:
+        storages: address and bytes (a multiple of 8) of each, all on `device`.
     """
-    table = _table(device, tuple((storage.data_ptr(), storage.nbytes() // 8) for storage in storages))
-    totals = torch.tensor([storage.nbytes() for storage in storages], dtype=torch.int64).to(device, non_blocking=True)
+    table, sizes = _table(device, tuple(storages))
+    totals = sizes.clone()
     if len(table):
         _kernel[(len(table),)](table, totals, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
     return totals

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 import torch
 
-from .trace import storage_key
-
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
     """Changes when any byte of the tensors' storages does, or when they change places."""
@@ -20,19 +18,22 @@ def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
     On a GPU nothing waits for it.
     """
-    one_each = list({storage_key(t): t for t in tensors}.values())
-    if one_each and all(t.is_cuda for t in one_each):
+    storages = {storage._cdata: storage for storage in map(torch.Tensor.untyped_storage, tensors)}.values()
+    if not storages:
+        return torch.zeros(0, dtype=torch.int64)
+    if all(storage.is_cuda for storage in storages):
         from ._checksum_kernel import weighted_sums
 
-        whole = [t if t.untyped_storage().nbytes() % 8 == 0 else _padded(_bytes_of(t)) for t in one_each]
-        return weighted_sums([t.untyped_storage() for t in whole], one_each[0].device)
-    return torch.stack([_digest(_bytes_of(t)) for t in one_each]) if one_each else torch.zeros(0, dtype=torch.int64)
+        sizes = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+        padded = [_padded(_bytes_of(s)) if size % 8 else None for s, (_, size) in zip(storages, sizes, strict=True)]
+        places = [s if p is None else (p.data_ptr(), p.nbytes) for s, p in zip(sizes, padded, strict=True)]
+        return weighted_sums(places, next(iter(storages)).device)
+    return torch.stack([_digest(_bytes_of(storage)) for storage in storages])
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All of the tensor's storage, uint8, on its device."""
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All of the storage, uint8, on its device."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
 
 
 def _padded(data: torch.Tensor) -> torch.Tensor:

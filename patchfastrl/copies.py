@@ -8,8 +8,8 @@ from the trainer's weights and adapter before it samples. The trainer's weights 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import nn
 from . import adapters
 from .checksum import digests
 from .errors import AdapterError, SharingError
-from .packed import dtype_of, quant_state, storages_of, values_of
+from .merge import Merge, merge_all
+from .packed import quant_state, storages_of, unpacked
 from .sharing import Shared, base_parameters
 
 Source = tuple[str, nn.Parameter]
@@ -82,22 +83,27 @@ class Copies:
             return False
         self._held = None  # interrupted half-way, they are nobody's weights
         self.version += 1
-        low_rank = _in_dtype_of_weights(sources, merged)
-        plain, values = [], []
-        for name, parameter in sources:
-            destination, view = self._shared.plan.views[name]
-            home = view.on(self._shared.homes[destination].data)
-            if name in merged:
-                _merge(home, values_of(parameter), merged[name], *low_rank[name])
-            elif quant_state(parameter) is None:
-                plain.append(home)
-                values.append(parameter.data)
-            else:
-                home.copy_(values_of(parameter))
+        others = [(self._home(name), parameter) for name, parameter in sources if name not in merged]
+        plain = [(home, parameter.data) for home, parameter in others if quant_state(parameter) is None]
         if plain:
-            torch._foreach_copy_(plain, values)
+            torch._foreach_copy_(*map(list, zip(*plain, strict=True)))
+        for home, parameter in others:
+            if quant_state(parameter) is not None and (values := unpacked(parameter, home)) is not home:
+                home.copy_(values)
+        merge_all(self._merges(sources, merged))
         self._held = wanted
         return True
+
+    def _home(self, name: str) -> torch.Tensor:
+        destination, view = self._shared.plan.views[name]
+        return view.on(self._shared.homes[destination].data)
+
+    def _merges(self, sources: list[Source], merged: dict[str, adapters.Adapter]) -> Iterator[Merge]:
+        for name, parameter in sources:
+            if name in merged:
+                home, adapter = self._home(name), merged[name]
+                weight, transposed = unpacked(parameter, home), adapter.layer.fan_in_fan_out
+                yield Merge(home, weight, adapter.a.data, adapter.b.data, adapter.scaling, transposed)
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
@@ -154,30 +160,3 @@ class _Values:
 
     def same_as(self, other: _Values) -> bool:
         return self.scalings == other.scalings and torch.equal(self.digests, other.digests)
-
-
-def _in_dtype_of_weights(
-    sources: list[Source], merged: dict[str, adapters.Adapter]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Each adapter's lora_A and lora_B in the dtype that its weight computes in, cast together."""
-    dtypes = {name: dtype_of(parameter) for name, parameter in sources}
-    cast = {
-        name: (torch.empty_like(a.a, dtype=dtypes[name]), torch.empty_like(a.b, dtype=dtypes[name]))
-        for name, a in merged.items()
-    }
-    if cast:
-        live = [tensor for a in merged.values() for tensor in (a.a, a.b)]
-        torch._foreach_copy_(list(chain.from_iterable(cast.values())), live)
-    return cast
-
-
-def _merge(
-    home: torch.Tensor, weight: torch.Tensor, adapter: adapters.Adapter, a: torch.Tensor, b: torch.Tensor
-) -> None:
-    """`home = weight + scaling * B A`, summed in float32 and rounded once where the weight is in half precision."""
-    if adapter.layer.fan_in_fan_out:  # a Conv1D of transformers', stored the other way round
-        a, b = b.T, a.T
-    if weight.dtype == home.dtype:
-        torch.addmm(weight, b, a, alpha=adapter.scaling, out=home)
-    else:
-        home.copy_(torch.addmm(weight, b, a, alpha=adapter.scaling))

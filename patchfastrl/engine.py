@@ -209,6 +209,7 @@ def build(
         layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
         materialise.materialise(engine_model, model, layout, home)
+        memory.make_workspace(home)
         made["shared"] = sharing.Shared.of(model, engine_model, layout)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
@@ -338,7 +339,7 @@ def _loader(on_load: Any) -> Iterator[None]:
         del _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT]
 
 
-def _discard(engine: Any, keys: list[int], standby: cpu_standby.KVCacheStorages | None, folder: Any) -> None:
+def _discard(engine: Any, keys: list[int], standby: cpu_standby.Storages | None, folder: Any) -> None:
     """The end of an engine: by `close`, by garbage collection, or at exit."""
     guards.release(keys)
     memory.collect_rarely(bool(live))

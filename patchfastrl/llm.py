@@ -14,7 +14,7 @@ from torch import nn
 from vllm import LLM, SamplingParams
 
 from . import adapters, guards, memory, sharing
-from .compat import cpu_standby, prefix_cache, request_ids
+from .compat import cpu_standby, cuda_weight_pool, prefix_cache, request_ids
 from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
@@ -52,7 +52,7 @@ class SharedLLM(LLM):
         self.recompute = None
         self._closed: str | None = None
         self._failed = ""
-        self._standby: cpu_standby.KVCacheStorages | None = None
+        self._standby: cpu_standby.Storages | None = None
         self._prefixes_of: Any = None
         super().__init__(**kwargs)
 
@@ -232,9 +232,21 @@ class SharedLLM(LLM):
         with self._timed("wake"), uninterrupted():
             memory.return_cached()
             if self.llm_engine.engine_core.is_sleeping():
-                super().wake_up(None)  # all tags: vLLM stays asleep until each has been woken
+                self._wake()
             if self._standby is not None and not self._standby.resident:
                 self.worker.wake_up(None)  # the worker was put to sleep directly
+
+    def _wake(self) -> None:
+        """The engine's own weights first: on a GPU they are made while the driver maps the KV cache."""
+        if self.copies is None or not self.llm_engine.model_executor.is_sleeping or not adapters.publishing():
+            super().wake_up(None)  # all tags: vLLM stays asleep until each has been woken
+            return
+        self.worker.wake_up([cuda_weight_pool.OWN_WEIGHTS])
+        try:
+            with looked_at_once():
+                self.copies.refresh()
+        finally:
+            super().wake_up(["weights", "kv_cache"])
 
     @contextlib.contextmanager
     def awakened(self) -> Iterator[None]:

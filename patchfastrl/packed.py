@@ -6,11 +6,12 @@ import sys
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def quant_state(parameter: torch.Tensor) -> Any:
     """bitsandbytes' `QuantState` of a 4-bit parameter, None for any other."""
-    if "bitsandbytes" not in sys.modules:
+    if type(parameter) is nn.Parameter or "bitsandbytes" not in sys.modules:
         return None
     from bitsandbytes.nn import Params4bit
 
@@ -29,14 +30,15 @@ def dtype_of(parameter: torch.Tensor) -> torch.dtype:
     return parameter.dtype if state is None else state.dtype
 
 
-def values_of(parameter: torch.Tensor) -> torch.Tensor:
-    """The weight itself: `parameter`'s data, or a temporary tensor unpacked from it."""
+def unpacked(parameter: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
+    """The weight itself: `parameter`'s data; a packed one is unpacked, into `home` if that has its dtype."""
     state = quant_state(parameter)
     if state is None:
         return parameter.data
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(parameter.data, state)
+    values = dequantize_4bit(parameter.data, state)
+    return home.copy_(values) if values.dtype == home.dtype else values
 
 
 def storages_of(parameter: torch.Tensor) -> list[torch.Tensor]:

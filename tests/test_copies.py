@@ -196,7 +196,7 @@ def test_a_compiled_engine_follows(tmp_path: Path) -> None:
     assert "FOLLOWED" in done.stdout, done.stderr[-2000:]
 
 
-def test_standby_releases_the_copy_and_what_was_in_it_is_not_sampled_from() -> None:
+def test_standby_releases_the_copy_and_waking_makes_it_anew_before_the_kv_cache_is_there() -> None:
     model = tiny.adapted(tiny.model("qwen2"))
     llm = merged(model, enable_sleep_mode=True)
     storages = [t.untyped_storage() for t in llm.copies.storages()]
@@ -204,7 +204,27 @@ def test_standby_releases_the_copy_and_what_was_in_it_is_not_sampled_from() -> N
     llm.sleep()
     assert not any(s.nbytes() for s in storages)
     assert not llm.publish()  # there is no memory to put it into
+    tiny.scramble(model, seed=2)
+    asleep = []
+    refresh = llm.copies.refresh
+    llm.copies.refresh = lambda *args: asleep.append(not llm.awake) or refresh(*args)
     llm.wake_up()
+    del llm.copies.refresh
+    assert asleep == [True]
+    assert not llm.publish()  # nothing has changed since
+    assert_alike(llm, model)
+
+
+def test_an_error_while_the_copy_is_made_leaves_an_engine_that_is_awake() -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model, enable_sleep_mode=True)
+    llm.sleep()
+    model.add_adapter("other", tiny.lora(target_modules=["lm_head"]))
+    model.set_adapter("other")
+    with pytest.raises(AdapterError, match="not built to merge"):
+        llm.wake_up()
+    assert llm.awake
+    model.set_adapter("default")
     with pytest.raises(SharingError, match="released.*Publish first"):
         tiny.engine_greedy(llm, PROMPT)
     assert llm.publish()
