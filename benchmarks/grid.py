@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import processes
-from measure import Clock, Memory, gaps, said, say_times
+from measure import Clock, Memory, gaps, gib_of, kv_cache, said, say_times
 from shapes import SHAPES, four_bits, make_model, prompts, stock_on_cpu, tokenizer_of, versions
 
 SIDES = ("stock", "patched", "adapter", "unsloth")
@@ -53,6 +53,9 @@ PHASES = (
     ("micro", "  training micro-step, s"),
     ("first", "first step, s"),
     ("ready", "trainer ready, s"),
+    ("weights_size", "one copy of the weights, GiB"),
+    ("kv_cache", "KV cache, GiB"),
+    ("memory_loading", "peak memory while loading, GiB"),
     ("memory_ready", "memory at engine-ready, GiB"),
     ("memory_peak", "peak memory, GiB"),
     ("difference", "log-probability difference, mean"),
@@ -227,6 +230,7 @@ def measure(job: dict[str, Any]) -> None:
         build = unsloth_trainer if side == "unsloth" else trl_trainer
         trainer, llm, ready = build(job, folder, memory, stack, on_gpu)
         clock = Clock(trainer, llm, memory.begin, on_gpu)
+        cache = None if side == "unsloth" else gib_of(kv_cache(llm))
         if side != "unsloth" and (on_gpu or side != "stock"):  # vLLM's CPU build cannot sleep by itself
             llm.sleep(level=2 if side == "stock" else 1)
         if on_gpu:
@@ -239,6 +243,8 @@ def measure(job: dict[str, Any]) -> None:
                 print(f"\nSHOW {line}", flush=True)
         print(f"\n{READY}", flush=True)
         common = {"ready": ready, "memory_ready": memory.marks["ready"], "details": memory.details,
+                  "weights_size": gib_of(p for name, p in trainer.model.named_parameters() if "lora_" not in name),
+                  "kv_cache": cache, "memory_loading": memory.details.get("loaded", {}).get("peak"),
                   "marks": memory.times, **versions()}  # fmt: skip
         if side == "unsloth":
             del common["memory_ready"]  # its engine is not asleep yet
@@ -327,6 +333,10 @@ def trl_trainer(
             generation.LLM = functools.partial(generation.LLM, load_format="dummy")
         if not on_gpu:
             stack.enter_context(stock_on_cpu(generation))
+    else:
+        from patchfastrl import materialise
+
+        memory.mark_after(materialise, "materialise", "loaded")
     if job["verbose"]:
         say_what_takes_long(side)
     rank = job["rank"]

@@ -32,7 +32,7 @@ from typing import Any
 
 import grid
 import processes
-from measure import Memory
+from measure import Memory, gib_of, kv_cache
 from shapes import SHAPES, make_model, prompts, stock_on_cpu, versions
 
 HOLDING = "holding "
@@ -259,10 +259,6 @@ def where(trainer: Any, job: dict[str, Any], gpu: bool, driver: float, unmapped:
     """
     import torch
 
-    def size(tensors: Any) -> float:
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-        return sum(storages.values()) / 2**30
-
     from patchfastrl.packed import storages_of
     from patchfastrl.sharing import base_parameters
 
@@ -270,10 +266,10 @@ def where(trainer: Any, job: dict[str, Any], gpu: bool, driver: float, unmapped:
     trained = [p for p in model.parameters() if p.requires_grad]
     state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     parts = {
-        "weights": size(t for p in base_parameters(model).values() for t in storages_of(p)),
-        "adapter": 0.0 if job["method"] == "full" else size(trained),
+        "weights": gib_of(t for p in base_parameters(model).values() for t in storages_of(p)),
+        "adapter": 0.0 if job["method"] == "full" else gib_of(trained),
         "gradients": sum(p.numel() * p.element_size() for p in trained) / 2**30,
-        "optimizer": size(state),
+        "optimizer": gib_of(state),
     }
     itemsize = 2 if gpu else 4
     computed = {
@@ -284,7 +280,7 @@ def where(trainer: Any, job: dict[str, Any], gpu: bool, driver: float, unmapped:
     if not gpu:
         return parts | computed
     if not job["standby"]:
-        parts["KV cache"] = size(_tensors(trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker))
+        parts["KV cache"] = gib_of(kv_cache(trainer.vllm_generation.llm))
     allocated, reserved = (
         torch.cuda.max_memory_allocated() / 2**30 - unmapped,
         torch.cuda.max_memory_reserved() / 2**30 - unmapped,
@@ -293,19 +289,6 @@ def where(trainer: Any, job: dict[str, Any], gpu: bool, driver: float, unmapped:
     parts["kept by torch's allocator, unused"] = reserved - allocated
     parts["outside of torch: CUDA's context, kernels, graphs"] = driver - reserved
     return {**parts, "in all, at the driver": driver, **computed}
-
-
-def _tensors(worker: Any) -> Iterator[Any]:
-    """Of the engine's KV cache."""
-    import torch
-
-    waiting = list(getattr(worker, "worker", worker).model_runner.kv_caches)
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, torch.Tensor):
-            yield one
-        else:
-            waiting.extend(one)
 
 
 def unmapped_while_asleep(memory: Memory) -> float:

@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SUMS = ("step", "rollout", "generate", "weights", "standby", "logprobs")
@@ -170,6 +170,22 @@ class Memory(contextlib.AbstractContextManager[Any]):
                 "allocated": torch.cuda.memory_allocated() / 2**30,
             }
 
+    def mark_after(self, owner: Any, name: str, mark: str) -> None:
+        """Let a function of somebody else's set a mark when it ends, with torch's peak until then."""
+        before = getattr(owner, name)
+
+        @functools.wraps(before)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            result = before(*args, **kwargs)
+            self.mark(mark)
+            if self._on_gpu:
+                import torch
+
+                self.details[mark]["peak"] = self.marks["context"] + torch.cuda.max_memory_reserved() / 2**30
+            return result
+
+        setattr(owner, name, marked)
+
     def between(self, begin: float, end: float) -> list[tuple[float, float]]:
         return [(t, size) for t, size in self.samples if begin <= t <= end]
 
@@ -191,6 +207,26 @@ class Memory(contextlib.AbstractContextManager[Any]):
     def __exit__(self, *args: Any) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def gib_of(tensors: Iterable[Any]) -> float:
+    """GiB of the storages that the tensors lie in."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values()) / 2**30
+
+
+def kv_cache(llm: Any) -> Iterator[Any]:
+    """The tensors of an engine's KV cache."""
+    import torch
+
+    worker = llm.llm_engine.model_executor.driver_worker
+    waiting = list(getattr(worker, "worker", worker).model_runner.kv_caches)
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, torch.Tensor):
+            yield one
+        else:
+            waiting.extend(one)
 
 
 def gaps() -> list[str]:
