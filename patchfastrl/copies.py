@@ -45,6 +45,8 @@ class Copies:
         self._held: _Values | None = None
         self._sources: list[Source] = []
         self._sources_of: Any = None  # the parameters among which they were found
+        self._merged: dict[str, adapters.Adapter] = {}
+        self._merged_of: Any = None
 
     def hold_all_of(self, model: nn.Module) -> bool:
         """Whether the engine has a copy of everything that the model's adapter changes. False without an adapter."""
@@ -76,9 +78,8 @@ class Copies:
         Args:
             adapter: with the adapter in training; False: the base model's.
         """
-        merged = self._adapters() if adapter else {}
         sources = self._copied()
-        wanted = _Values.of(sources, merged)
+        wanted, merged = self._now(sources, adapter)
         if self._held is not None and self._held.same_as(wanted):
             return False
         self._held = None  # interrupted half-way, they are nobody's weights
@@ -107,7 +108,7 @@ class Copies:
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
-        now = _Values.of(self._copied(), self._adapters() if adapter else {})
+        now, _ = self._now(self._copied(), adapter)
         if self._held is None or not self._held.same_as(now):
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
@@ -133,30 +134,40 @@ class Copies:
             self._sources_of = current
         return self._sources
 
+    def _now(self, sources: list[Source], adapter: bool) -> tuple[_Values, dict[str, adapters.Adapter]]:
+        """The trainer's values, and the adapter's modules by the name of the weight that they change."""
+        # Queued first: a GPU goes over the weights while the rest is found out.
+        base = digests(tensor for _, parameter in sources for tensor in storages_of(parameter))
+        merged = self._adapters() if adapter else {}
+        low_rank = digests(tensor for a in merged.values() for tensor in (a.a, a.b))
+        return _Values(base, low_rank, tuple((name, a.scaling) for name, a in merged.items())), merged
+
     def _adapters(self) -> dict[str, adapters.Adapter]:
-        """The active adapter's modules by the name of the weight that they change."""
+        """The active adapter's modules, by name."""
         if not self.merges:
             return {}
-        if not self.hold_all_of(self._shared.model) and adapters.active_adapter(self._shared.model) is not None:
-            raise AdapterError(
-                "The adapter that is active now changes weights that the engine was not built to merge. Build the "
-                "trainer with the adapter that it trains."
-            )
-        return {f"{a.module}.weight": a for a in adapters.active_adapters(self._shared.model)}
+        active = adapters.active_adapters(self._shared.model)
+        if active is not self._merged_of:  # it is remembered, too
+            if active and not self.hold_all_of(self._shared.model):
+                raise AdapterError(
+                    "The adapter that is active now changes weights that the engine was not built to merge. Build the "
+                    "trainer with the adapter that it trains."
+                )
+            self._merged, self._merged_of = {f"{a.module}.weight": a for a in active}, active
+        return self._merged
 
 
 @dataclass(frozen=True)
 class _Values:
     """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
 
-    digests: torch.Tensor
+    base: torch.Tensor
+    low_rank: torch.Tensor
     scalings: tuple[tuple[str, float], ...]
 
-    @classmethod
-    def of(cls, sources: list[Source], merged: dict[str, adapters.Adapter]) -> _Values:
-        base = [tensor for _, parameter in sources for tensor in storages_of(parameter)]
-        adapter = [tensor for a in merged.values() for tensor in (a.a, a.b)]
-        return cls(digests(base + adapter), tuple((name, a.scaling) for name, a in merged.items()))
-
     def same_as(self, other: _Values) -> bool:
-        return self.scalings == other.scalings and torch.equal(self.digests, other.digests)
+        return (
+            self.scalings == other.scalings
+            and torch.equal(self.low_rank, other.low_rank)
+            and torch.equal(self.base, other.base)
+        )

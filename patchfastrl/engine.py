@@ -21,7 +21,19 @@ from torch import nn
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
-from . import adapters, guards, install, materialise, memory, plan, quantisation, rollouts, sharing, training
+from . import (
+    adapters,
+    guards,
+    install,
+    materialise,
+    memory,
+    plan,
+    quantisation,
+    rollouts,
+    sharing,
+    training,
+    weightless,
+)
 from .audit import audit
 from .compat import (
     cpu_experts,
@@ -332,7 +344,7 @@ def _loader(on_load: Any) -> Iterator[None]:
     """Our load format is known to vLLM while an engine is built, and no longer: it refers to the model."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 
-    register_model_loader(LOAD_FORMAT)(materialise.as_loader(on_load))
+    register_model_loader(LOAD_FORMAT)(weightless.as_loader(on_load))
     try:
         yield
     finally:

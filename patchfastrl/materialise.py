@@ -1,4 +1,4 @@
-"""Memory for the engine's model, which is built without weights: the trainer's, laid out as the engine wants it.
+"""Memory for the engine's model, which is built without any: the trainer's, laid out as the engine wants it.
 
 What lies in the trainer's memory as it would in the engine's stays there. For the rest, one engine tensor at a time,
 real memory is allocated, the trainer's values are copied in, and the trainer's parameters become views of it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,75 +17,11 @@ from .errors import SharingError, UnsupportedError
 from .memory import return_freed
 from .sharing import Plan, Shared, base_parameters, engine_replaced
 from .trace import View, storage_key
-
-# Engine parameters up to this many elements keep the memory that they were built with: some of them (a KV scale) hold a
-# default that no checkpoint overwrites.
-_SMALL = 4096
+from .weightless import become
 
 # How much of the trainer's freed storage may pile up before it is given back: bytes; on a GPU, which is waited for each
 # time, at least this share of the weights.
 _TRIM, _TRIM_SHARE = 64 * 2**20, 1 / 32
-
-
-# A model without weights ---------------------------------------------------------------------------------------------
-
-
-def as_loader(on_load: Any) -> type:
-    """A vLLM model loader class whose `load_weights` is `on_load(engine_model)`; `load_model` builds without memory."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    class SharedWeightLoader(BaseModelLoader):
-        def download_model(self, model_config: Any) -> None:
-            """Nothing to download: the weights are the trainer's."""
-
-        def load_model(self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-            if model_config.using_transformers_backend():
-                # Refused before it is built: building it changes transformers' own class, the trainer's.
-                raise SharingError(
-                    f"vLLM has no {model_config.hf_config.architectures[0]} of its own, and its Transformers backend "
-                    "cannot share weights. Train this model with stock TRL (leave PatchFastRL() out), or train a model "
-                    "of a supported family."
-                )
-            with without_memory() as self._switch:
-                return super().load_model(vllm_config, model_config, *args, **kwargs)
-
-        def load_weights(self, model: nn.Module, model_config: Any) -> None:
-            self._switch["on"] = False
-            on_load(model)
-
-    return SharedWeightLoader
-
-
-@contextlib.contextmanager
-def without_memory() -> Iterator[dict[str, bool]]:
-    """Build modules whose parameters have shape, dtype and class, but no memory, from the moment they are registered.
-
-    Yields a switch: set `["on"] = False` to end it early, while the block still runs.
-    """
-    register = nn.Module.register_parameter
-    switch = {"on": True}
-
-    def register_without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if switch["on"] and param is not None and not param.is_meta and param.numel() > _SMALL:
-            _become(param, torch.empty_like(param.data, device="meta"))
-
-    nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign]
-    try:
-        yield switch
-    finally:
-        switch["on"] = False
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _become(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Put `data` (maybe on another device, which `.data =` refuses) under the same Parameter object."""
-    twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
-    twin.__dict__.update(parameter.__dict__)
-    torch.utils.swap_tensors(parameter, twin)
-
-
-# Its weights ----------------------------------------------------------------------------------------------------------
 
 
 def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: torch.device) -> None:
@@ -108,7 +43,7 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
     zeros = _zeros([engines[destination] for destination in plan.own], device)
     for destination, tensor in engines.items():
         if destination in plan.own:
-            _become(tensor, zeros[tensor.dtype][: tensor.numel()].view(tensor.shape))
+            become(tensor, zeros[tensor.dtype][: tensor.numel()].view(tensor.shape))
             continue
         if destination not in of_engine and destination not in plan.fills:
             continue
@@ -116,7 +51,7 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
         if tensor.is_meta and len(sources) == 1:
             _, parameter, view = sources[0]
             if _lies_alone(parameter, view, tensor.numel(), device):
-                _become(tensor, parameter.data.view(tensor.shape))
+                become(tensor, parameter.data.view(tensor.shape))
                 continue
         with torch.no_grad():
             home = tensor.data
@@ -131,7 +66,7 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
             return_freed()
             freed = 0
         if tensor.is_meta:
-            _become(tensor, home)
+            become(tensor, home)
     return_freed()
     left = [n for n, t in engine_model.named_parameters() if t.is_meta]
     if left:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+MAX_RANK = 128  # of the kernel: its tiles have to fit into a multiprocessor's shared memory
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -27,11 +29,12 @@ class Merge:
 
     @property
     def plain(self) -> bool:
-        """Whether the kernel can do it: on a GPU, row by row, without a change of the weight's dtype."""
+        """Whether the kernel can do it: on a GPU, row by row, a rank that fits, no change of the weight's dtype."""
         tensors = (self.home, self.weight, self.a, self.b)
         return (
             self.home.is_cuda
             and not self.transposed
+            and self.a.shape[0] <= MAX_RANK
             and self.home.dtype == self.weight.dtype
             and self.a.dtype == self.b.dtype
             and all(t.is_contiguous() for t in tensors)
