@@ -41,6 +41,12 @@ def as_loader(on_load: Any) -> type:
                     "cannot share weights. Train this model with stock TRL (leave PatchFastRL() out), or train a model "
                     "of a supported family."
                 )
+            if model_config.use_mla:
+                raise SharingError(
+                    f"vLLM's {model_config.hf_config.architectures[0]} attends with products of weights that it makes "
+                    "while loading (multi-head latent attention), so it would not follow the trainer's. Train this "
+                    "model with stock TRL (leave PatchFastRL() out)."
+                )
             with without_memory() as self._end:
                 return super().load_model(vllm_config, model_config, *args, **kwargs)
 
