@@ -71,6 +71,7 @@ def main() -> None:
     if options.child:
         job = json.loads(options.child)
         with processes.reported(job):
+            processes.my_turn(job)
             (stock if job["side"] == "stock" else float8 if job["kind"] == "fp8-cache" else patched)(job)
         return
     raise SystemExit(Checks(options).run())

@@ -12,9 +12,9 @@ as a script would: by its name); random models never stop, so every completion h
 
 All cells of a model, method and side are measured in one process, small ones first: building an engine takes a minute.
 The engine is built for the largest of them, with the same settings on every side, and each cell is another
-`trainer.train()` with that cell's lengths and batch sizes: what TRL reads when it trains, not when it is built. Each
-cell's first step is left out of the medians, and only the process' first one is shown as "first step". Memory is the
-driver's count for the whole device (on a CPU: the resident set); the peak is the cell's own.
+`trainer.train()` with that cell's lengths and batch sizes: what TRL reads when it trains, not when it is built. The
+process' first step is left out of the medians, and shown as "first step". Memory is the driver's count for the whole
+device (on a CPU: the resident set); the peak is the cell's own. The next process imports while one is measured.
 
 Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter the same with the adapter beside the
 weights instead of merged into a copy; unsloth is Unsloth with its standby, where it is installed (always from a
@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, action="append", help="new tokens per completion (default: 512)")
     parser.add_argument("--completions", type=int, action="append", help="per step (default: 32)")
     parser.add_argument("--side", choices=SIDES, action="append", help="default: stock and patched")
-    parser.add_argument("--steps", type=int, default=6, help="of each cell, the first one is not counted (default: 6)")
+    parser.add_argument("--steps", type=int, default=5, help="of each cell, after one more in the first (default: 5)")
+    parser.add_argument("--long-steps", type=int, metavar="N", help="of cells of 1,024 tokens or more, if others")
     parser.add_argument("--share", type=float, default=0.3, help="vllm_gpu_memory_utilization")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--parallel", type=int, default=1, metavar="N",
@@ -108,12 +109,13 @@ class Grid:
 
     def run(self) -> None:
         options = self._options
-        more = {k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile")}
+        more = {k: getattr(options, k) for k in ("steps", "long_steps", "share", "rank", "verbose", "profile")}
         jobs, written = [], []
         for model in options.model or ["8b"]:
             for method in options.method or ["lora"]:
                 for side in self._sides:
                     job = {"side": side, "model": model, "method": method, "cells": self._cells, **more}
+                    job["ahead"] = side != "unsloth"  # importing it takes memory of the GPU
                     job["checkpoint"] = None
                     if options.checkpoint or side == "unsloth":
                         job["checkpoint"] = str(Path(self._folder, model))
@@ -139,7 +141,7 @@ class Grid:
             self._add(job, result)
 
     def _add(self, job: dict[str, Any], result: dict[str, Any]) -> None:
-        settings = {k: job[k] for k in ("model", "method", "side", "steps", "share", "rank")}
+        settings = {k: job[k] for k in ("model", "method", "side", "share", "rank")}
         self._results.append({**settings, "from_checkpoint": job["checkpoint"] is not None, **result})
         if self._options.json:
             self._options.json.write_text(json.dumps(self._results, indent=1))
@@ -204,6 +206,8 @@ def print_table(title: str, results: list[dict[str, Any]]) -> None:
 def write_checkpoint(job: dict[str, Any]) -> None:
     import torch
 
+    processes.my_turn(job)
+
     model, tokenizer = make_model(job["model"], "full", job["checkpoint"], torch.cuda.is_available())
     model.save_pretrained(job["checkpoint"])
     tokenizer.save_pretrained(job["checkpoint"])
@@ -220,9 +224,13 @@ def measure(job: dict[str, Any]) -> None:
         from patchfastrl import PatchFastRL
 
         PatchFastRL(rollouts={"adapter": "adapter"}.get(side))
+    import peft  # noqa: F401
     import torch
+    import trl.generation.vllm_generation
+    import trl.trainer.grpo_trainer  # noqa: F401
     from transformers import set_seed
 
+    processes.my_turn(job)
     on_gpu = torch.cuda.is_available()
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -254,9 +262,8 @@ def measure(job: dict[str, Any]) -> None:
             if time.time() > job["deadline"]:
                 result: dict[str, Any] = {"error": "left out: the time limit of its process was over"}
             else:
-                result = {**common, **one_cell(trainer, clock, memory, job, tokens, completions)}
-                if number and "first" in result:
-                    del result["first"]  # everything was warm
+                warm_up = 0 if number else 1  # step: afterwards everything is warm
+                result = {**common, **one_cell(trainer, clock, memory, job, tokens, completions, warm_up)}
             processes.report(job, {**cell, **result})
             if on_gpu:
                 torch.cuda.empty_cache()
@@ -410,16 +417,17 @@ def unsloth_trainer(
 
 
 def one_cell(
-    trainer: Any, clock: Clock, memory: Memory, job: dict[str, Any], tokens: int, completions: int
+    trainer: Any, clock: Clock, memory: Memory, job: dict[str, Any], tokens: int, completions: int, warm_up: int
 ) -> dict[str, Any]:
-    aim(trainer, tokens, completions, job["steps"])
+    steps = (job["long_steps"] if tokens >= 1024 and job["long_steps"] else job["steps"]) + warm_up
+    aim(trainer, tokens, completions, steps)
     clock.start_over()
     if job["profile"]:
-        clock.profile_step = job["steps"] - 1
+        clock.profile_step = steps - 1
     begin = time.perf_counter() - memory.begin
     trainer.train()
     memory.mark("end")
-    if len(clock.steps) < 2:
+    if len(clock.steps) <= warm_up:
         return {"error": f"the time limit of its process was over after {len(clock.steps)} steps"}
     lengths = figures_of(trainer, "completions/mean_length")
     if set(lengths) != {float(tokens)}:
@@ -432,9 +440,9 @@ def one_cell(
         }
     samples = memory.between(begin, memory.times["end"])
     return {
-        **clock.medians(),
+        **clock.medians(warm_up),
         **found,
-        "steps_measured": len(clock.steps) - 1,
+        "steps_measured": len(clock.steps) - warm_up,
         "step_seconds": [sum(step["step"]) for step in clock.steps],
         "memory_end": memory.marks["end"],
         "memory_peak": max(size for _, size in samples),

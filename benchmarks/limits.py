@@ -134,6 +134,7 @@ def measure(job: dict[str, Any]) -> None:
     """Build, sample, train; report how far it came and where the bytes were."""
     import torch
 
+    processes.my_turn(job)
     gpu = torch.cuda.is_available()
     found: dict[str, Any] = {"phase": "importing"}
     with tempfile.TemporaryDirectory() as folder, Memory(gpu, job["held"]) as memory, contextlib.ExitStack() as stack:

@@ -111,15 +111,14 @@ class Clock:
         print(flush=True)
         return result
 
-    def medians(self) -> dict[str, float]:
-        """Of the steps after the first."""
-        late = self.steps[1:]
+    def medians(self, warm_up: int) -> dict[str, float]:
+        """Of the steps after `warm_up` of them; those show how long the first one took."""
+        late = self.steps[warm_up:]
         figures = {phase: statistics.median(sum(step.get(phase, [0.0])) for step in late) for phase in SUMS}
         figures["weights"] *= 1e3
         figures["standby"] *= 1e3
         figures["micro"] = statistics.median(t for step in late for t in _micro_steps(step))
-        figures["first"] = sum(self.steps[0]["step"])
-        return figures
+        return figures | ({"first": sum(self.steps[0]["step"])} if warm_up else {})
 
 
 def _micro_steps(step: dict[str, list[float]]) -> list[float]:

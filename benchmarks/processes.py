@@ -22,17 +22,22 @@ GRACE = 30  # seconds after its limit until a process that did not end by itself
 
 
 class Child:
-    """One process. `device`: which of the visible GPUs it may see; None: all."""
+    """One process, which imports and then waits for its turn.
 
-    def __init__(self, script: str, job: dict[str, Any], limit: float, device: int | None) -> None:
+    Args:
+        device: which of the visible GPUs it may see; None: all.
+    """
+
+    def __init__(self, script: str, job: dict[str, Any], device: int | None) -> None:
         self.job = job
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         self._results, self._log = Path(self._folder.name, "results"), Path(self._folder.name, "log")
         self._results.touch()
         self._read = 0
-        self._until = time.time() + limit + GRACE
+        self._until = float("inf")
         self._killed = False
-        given = {**job, "results": str(self._results), "deadline": time.time() + limit}
+        self._turn = Path(self._folder.name, "turn")
+        given = {**job, "results": str(self._results), "turn": str(self._turn)}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, script, "--child", json.dumps(given)],
@@ -41,6 +46,13 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def begin(self, limit: float) -> None:
+        """It is this process' turn, for so many seconds."""
+        self._until = time.time() + limit + GRACE
+        begun = self._turn.with_suffix(".begun")
+        begun.write_text(str(time.time() + limit))
+        begun.rename(self._turn)
 
     def over(self) -> bool:
         if self._process.poll() is None and time.time() > self._until:
@@ -103,7 +115,7 @@ def run(
     limit: float,
     at_once: int = 1,
 ) -> None:
-    """Run the jobs in their order.
+    """Run the jobs in their order. A job that says `ahead` is imported while the one before it is measured.
 
     Args:
         on_result: called with the job and each of its results, as they come.
@@ -111,15 +123,23 @@ def run(
         limit: seconds for each process.
         at_once: how many run at the same time, each with a GPU of its own.
     """
-    waiting, running = list(jobs), {}
+    waiting: list[dict[str, Any]] = list(jobs)
+    running: dict[int, Child] = {}
+    ahead: dict[int, Child] = {}
+
+    def start(device: int) -> Child:
+        return Child(script, waiting.pop(0), device if at_once > 1 else None)
+
     try:
-        while waiting or running:
+        while waiting or running or ahead:
             for device in range(at_once):
-                if device not in running and waiting:
-                    job = waiting.pop(0)
-                    shown = " ".join(f"{k}={v}" for k, v in job.items())
+                if device not in running and (device in ahead or waiting):
+                    child = running[device] = ahead.pop(device, None) or start(device)
+                    child.begin(limit)
+                    shown = " ".join(f"{k}={v}" for k, v in child.job.items())
                     print(f"{time.strftime('%H:%M:%S')} {shown}", file=sys.stderr, flush=True)
-                    running[device] = Child(script, job, limit, device if at_once > 1 else None)
+                if device not in ahead and waiting and waiting[0].get("ahead"):
+                    ahead[device] = start(device)
             for device, child in list(running.items()):
                 over = child.over()
                 for result in child.results():
@@ -130,8 +150,18 @@ def run(
                     child.clean_up()
             time.sleep(0.1)
     finally:
-        for child in running.values():
+        for child in [*running.values(), *ahead.values()]:
             child.kill()
+
+
+def my_turn(job: dict[str, Any]) -> None:
+    """In the process: wait until it may begin. Sets the job's deadline (`time.time()`)."""
+    turn = Path(job["turn"])
+    while not turn.exists():
+        if not turn.parent.exists():
+            raise SystemExit("the script that started this process is gone")
+        time.sleep(0.05)
+    job["deadline"] = float(turn.read_text())
 
 
 def report(job: dict[str, Any], result: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def test_the_grid_measures_several_cells_in_one_process_and_draws_them(tmp_path:
     assert sizes == [(4, 16), (4, 24), (16, 16), (16, 24)]  # small ones first
     for result in results:
         assert "error" not in result
-        assert result["steps_measured"] == 4
+        assert result["steps_measured"] == 5
         assert 0 < result["generate"] < result["rollout"] < result["step"]
         assert 0 < result["micro"] < result["step"]
         assert result["difference_max"] < 1e-4
