@@ -78,8 +78,7 @@ class Copies:
         Args:
             adapter: with the adapter in training; False: the base model's.
         """
-        sources = self._copied()
-        wanted, merged = self._now(sources, adapter)
+        wanted, sources, merged = self._now(adapter)
         if self._held is not None and self._held.same_as(wanted):
             return False
         self._held = None  # interrupted half-way, they are nobody's weights
@@ -108,7 +107,7 @@ class Copies:
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
-        now, _ = self._now(self._copied(), adapter)
+        now, _, _ = self._now(adapter)
         if self._held is None or not self._held.same_as(now):
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
@@ -134,13 +133,15 @@ class Copies:
             self._sources_of = current
         return self._sources
 
-    def _now(self, sources: list[Source], adapter: bool) -> tuple[_Values, dict[str, adapters.Adapter]]:
-        """The trainer's values, and the adapter's modules by the name of the weight that they change."""
-        # Queued first: a GPU goes over the weights while the rest is found out.
-        base = digests(tensor for _, parameter in sources for tensor in storages_of(parameter))
+    def _now(self, adapter: bool) -> tuple[_Values, list[Source], dict[str, adapters.Adapter]]:
+        """The trainer's values, what is copied, and the adapter's modules by the name of the weight they change."""
+        known = self._sources
+        base = _digests_of(known)  # a GPU goes over the weights while it is found out whether they are still the ones
+        if (sources := self._copied()) is not known:
+            base = _digests_of(sources)
         merged = self._adapters() if adapter else {}
         low_rank = digests(tensor for a in merged.values() for tensor in (a.a, a.b))
-        return _Values(base, low_rank, tuple((name, a.scaling) for name, a in merged.items())), merged
+        return _Values(base, low_rank, tuple((name, a.scaling) for name, a in merged.items())), sources, merged
 
     def _adapters(self) -> dict[str, adapters.Adapter]:
         """The active adapter's modules, by name."""
@@ -155,6 +156,10 @@ class Copies:
                 )
             self._merged, self._merged_of = {f"{a.module}.weight": a for a in active}, active
         return self._merged
+
+
+def _digests_of(sources: list[Source]) -> torch.Tensor:
+    return digests(tensor for _, parameter in sources for tensor in storages_of(parameter))
 
 
 @dataclass(frozen=True)
