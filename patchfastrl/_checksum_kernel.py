@@ -20,7 +20,7 @@ def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: 
     words = tl.load(row).to(tl.pointer_type(tl.int64))
     n, first, owner = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     found = tl.zeros((BLOCK,), dtype=tl.int64)
-    for turn in range(ROUNDS):
+    for turn in tl.range(ROUNDS, num_stages=2):
         place = turn * BLOCK + tl.arange(0, BLOCK)
         word = tl.load(words + place, mask=place < n, other=0)
         number = first + place
