@@ -216,6 +216,35 @@ def test_weights_written_while_asleep_are_followed(pair: tuple[Any, Any]) -> Non
     assert before != after == tiny.greedy(model, long)
 
 
+def test_the_prefix_cache_is_emptied_only_where_there_is_something_in_it(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM goes through all blocks for it, and has done so already when the engine falls asleep."""
+    llm, model = pair
+    long = tiny.ids(llm.llm_engine.vllm_config.cache_config.block_size + 9)
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    llm.drop_prefixes()
+    emptied = []
+    reset = pool.reset_prefix_cache
+    monkeypatch.setattr(pool, "reset_prefix_cache", lambda *args: emptied.append(1) or reset(*args))
+
+    def write() -> None:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.neg_()
+
+    assert tiny.cached_tokens(llm, long) == 0 < tiny.cached_tokens(llm, long)
+    llm.sleep()
+    asleep = len(emptied)
+    assert asleep >= 1
+    write()
+    llm.wake_up()
+    assert tiny.cached_tokens(llm, long) == 0 < tiny.cached_tokens(llm, long)
+    assert len(emptied) == asleep
+    write()
+    assert tiny.cached_tokens(llm, long) == 0
+    assert len(emptied) == asleep + 1
+
+
 def test_awakened_sleeps_again(pair: tuple[Any, Any]) -> None:
     llm, _ = pair
     llm.sleep()
