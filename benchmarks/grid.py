@@ -328,6 +328,7 @@ def trl_trainer(
     extra: dict[str, Any] = {}
     if checkpoint is None:
         model, extra["processing_class"] = make_model(job["model"], method, folder, on_gpu)
+        memory.forget_peak()
         memory.mark("model")
         loading = {}
     else:

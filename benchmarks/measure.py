@@ -169,6 +169,14 @@ class Memory(contextlib.AbstractContextManager[Any]):
                 "allocated": torch.cuda.memory_allocated() / 2**30,
             }
 
+    def forget_peak(self) -> None:
+        """What is in use now is torch's peak so far: what the model was made with does not count."""
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
     def mark_after(self, owner: Any, name: str, mark: str) -> None:
         """Let a function of somebody else's set a mark when it ends, with torch's peak until then."""
         before = getattr(owner, name)
