@@ -16,9 +16,9 @@ _CHUNK = _BLOCK * _ROUNDS
 
 @triton.jit
 def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = table + tl.program_id(0).to(tl.int64) * 4
+    row = table + tl.program_id(0).to(tl.int64) * 5
     words = tl.load(row).to(tl.pointer_type(tl.int64))
-    n, first, owner = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    n, first, owner, bits = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     found = tl.zeros((BLOCK,), dtype=tl.int64)
     for turn in tl.range(ROUNDS, num_stages=2):
         place = turn * BLOCK + tl.arange(0, BLOCK)
@@ -26,25 +26,32 @@ def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: 
         number = first + place
         factor = (number * 0x5851F42D4C957F2D) ^ (number >> 7)
         found += word * (factor * 2 + 1)
-    tl.atomic_add(totals + owner, tl.sum(found, axis=0))
+    # Of a last word that is not whole, the bytes that are the storage's. (Memory comes in larger pieces.)
+    word = tl.load(words + n, mask=bits != 0, other=0) & bits
+    number = first + n
+    factor = (number * 0x5851F42D4C957F2D) ^ (number >> 7)
+    total = tl.sum(found, axis=0) + word * (factor * 2 + 1)
+    tl.atomic_add(totals + owner, total)
 
 
 @functools.lru_cache(maxsize=8)
 def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row for each chunk of each storage: its address, its words, the number of its first word, whose it is.
+    """One row for each chunk of each storage: address, words, number of its first word, whose it is, bits after these.
 
     Args:
         places: address and bytes of each storage.
 
     Returns:
-        The rows, (chunks, 4), and the bytes of each storage, (storages,), int64, on the device.
+        The rows, (chunks, 5), and the bytes of each storage, (storages,), int64, on the device.
     """
     addresses, sizes = np.array(places, dtype=np.int64).T
     words = sizes // 8
-    chunks = -(-words // _CHUNK)
+    chunks = np.maximum(-(-words // _CHUNK), 1)
     owner = np.repeat(np.arange(len(places)), chunks)
     first = (np.arange(len(owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * _CHUNK
-    rows = np.stack([addresses[owner] + 8 * first, np.minimum(words[owner] - first, _CHUNK), first, owner], axis=1)
+    lengths = np.minimum(words[owner] - first, _CHUNK)
+    rest = np.where(first + lengths == words[owner], sizes[owner] % 8, 0)
+    rows = np.stack([addresses[owner] + 8 * first, lengths, first, owner, (1 << 8 * rest) - 1], axis=1)
     return torch.from_numpy(rows).to(device), torch.from_numpy(sizes.copy()).to(device)
 
 
@@ -55,7 +62,7 @@ def weighted_sums(storages: list[tuple[int, int]], device: torch.device) -> torc
     the sum: odd factors can be undone modulo 2**64.
 
     Args:
-        storages: address and bytes (a multiple of 8) of each, all on `device`.
+        storages: address and bytes of each, all on `device`.
     """
     table, sizes = _table(device, tuple(storages))
     totals = sizes.clone()

@@ -24,9 +24,7 @@ def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     if all(storage.is_cuda for storage in storages):
         from ._checksum_kernel import weighted_sums
 
-        sizes = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-        padded = [_padded(_bytes_of(s)) if size % 8 else None for s, (_, size) in zip(storages, sizes, strict=True)]
-        places = [s if p is None else (p.data_ptr(), p.nbytes) for s, p in zip(sizes, padded, strict=True)]
+        places = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
         return weighted_sums(places, next(iter(storages)).device)
     return torch.stack([_digest(_bytes_of(storage)) for storage in storages])
 
@@ -34,11 +32,6 @@ def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """All of the storage, uint8, on its device."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
-
-
-def _padded(data: torch.Tensor) -> torch.Tensor:
-    """A copy with zeros up to a whole word."""
-    return torch.nn.functional.pad(data, (0, -data.numel() % 8))
 
 
 def _digest(data: torch.Tensor, width: int = 4096) -> torch.Tensor:
