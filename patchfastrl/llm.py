@@ -244,7 +244,7 @@ class SharedLLM(LLM):
         self.worker.wake_up([cuda_weight_pool.OWN_WEIGHTS])
         try:
             with looked_at_once():
-                self.copies.refresh()
+                self.publishes += self.copies.refresh()
         finally:
             super().wake_up(["weights", "kv_cache"])
 

@@ -205,12 +205,13 @@ def test_standby_releases_the_copy_and_waking_makes_it_anew_before_the_kv_cache_
     assert not any(s.nbytes() for s in storages)
     assert not llm.publish()  # there is no memory to put it into
     tiny.scramble(model, seed=2)
-    asleep = []
+    asleep, publishes = [], llm.publishes
     refresh = llm.copies.refresh
     llm.copies.refresh = lambda *args: asleep.append(not llm.awake) or refresh(*args)
     llm.wake_up()
     del llm.copies.refresh
     assert asleep == [True]
+    assert llm.publishes == publishes + 1
     assert not llm.publish()  # nothing has changed since
     assert_alike(llm, model)
 
