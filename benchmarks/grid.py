@@ -71,7 +71,6 @@ def main() -> None:
     parser.add_argument("--completions", type=int, action="append", help="per step (default: 32)")
     parser.add_argument("--side", choices=SIDES, action="append", help="default: stock and patched")
     parser.add_argument("--steps", type=int, default=5, help="of each cell, after one more in the first (default: 5)")
-    parser.add_argument("--long-steps", type=int, metavar="N", help="of cells of 1,024 tokens or more, if others")
     parser.add_argument("--share", type=float, default=0.3, help="vllm_gpu_memory_utilization")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--parallel", type=int, default=1, metavar="N",
@@ -109,7 +108,7 @@ class Grid:
 
     def run(self) -> None:
         options = self._options
-        more = {k: getattr(options, k) for k in ("steps", "long_steps", "share", "rank", "verbose", "profile")}
+        more = {k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile")}
         jobs, written = [], []
         for model in options.model or ["8b"]:
             for method in options.method or ["lora"]:
@@ -207,7 +206,6 @@ def write_checkpoint(job: dict[str, Any]) -> None:
     import torch
 
     processes.my_turn(job)
-
     model, tokenizer = make_model(job["model"], "full", job["checkpoint"], torch.cuda.is_available())
     model.save_pretrained(job["checkpoint"])
     tokenizer.save_pretrained(job["checkpoint"])
@@ -420,7 +418,7 @@ def unsloth_trainer(
 def one_cell(
     trainer: Any, clock: Clock, memory: Memory, job: dict[str, Any], tokens: int, completions: int, warm_up: int
 ) -> dict[str, Any]:
-    steps = (job["long_steps"] if tokens >= 1024 and job["long_steps"] else job["steps"]) + warm_up
+    steps = job["steps"] + warm_up
     aim(trainer, tokens, completions, steps)
     clock.start_over()
     if job["profile"]:

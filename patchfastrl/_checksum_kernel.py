@@ -62,10 +62,9 @@ def weighted_sums(storages: list[tuple[int, int]], device: torch.device) -> torc
     the sum: odd factors can be undone modulo 2**64.
 
     Args:
-        storages: address and bytes of each, all on `device`.
+        storages: address and bytes of each, at least one, all on `device`.
     """
     table, sizes = _table(device, tuple(storages))
     totals = sizes.clone()
-    if len(table):
-        _kernel[(len(table),)](table, totals, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
+    _kernel[(len(table),)](table, totals, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
     return totals
