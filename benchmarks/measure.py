@@ -76,8 +76,10 @@ class Clock:
 
         @functools.wraps(before)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            # Scoring with the model is a phase of the rollout; the training step's own is not.
-            if phase in self._inside or (phase == "logprobs" and "rollout" not in self._inside):
+            # What generating does before it begins is part of it; scoring with the model is a phase of the rollout, and
+            # the training step's own is not.
+            inside = {phase, "generate"} & {*self._inside}
+            if inside or (phase == "logprobs" and "rollout" not in self._inside):
                 return before(*args, **kwargs)
             start, standby = self.now(), sum(self._now["standby"])
             self._inside.append(phase)

@@ -20,6 +20,7 @@ from . import (
     reload_weights,
     sampling_overrides,
     shared_engine,
+    token_ids,
 )
 
 SEAMS: tuple[Seam, ...] = (
@@ -31,6 +32,7 @@ SEAMS: tuple[Seam, ...] = (
     *shared_engine.SEAMS,
     *publish_adapter.SEAMS,
     *lora_request.SEAMS,
+    *token_ids.SEAMS,
     *reload_weights.SEAMS,
     *openenv.SEAMS,
     *chat_template.SEAMS,

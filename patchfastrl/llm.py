@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from . import adapters, guards, memory, sharing
 from .compat import cpu_standby, cuda_weight_pool, prefix_cache, request_ids
@@ -25,6 +26,10 @@ from .structure import looked_at_once
 CURRENT: Any = object()  # default of `lora_request`: the adapter in training
 
 live: weakref.WeakSet[SharedLLM] = weakref.WeakSet()  # engines that are open
+
+
+class PublishFirst(LoRARequest):
+    """The adapter in training, published when the batch begins, if it has changed. TRL's calls bring it."""
 
 
 class SharedLLM(LLM):
@@ -132,24 +137,34 @@ class SharedLLM(LLM):
             The request for vLLM; whether the adapter had to be taken out of the engine's own weights for it; whether it
             is for another adapter than the one in training.
         """
-        if lora_request is CURRENT:
+        if published := isinstance(lora_request, PublishFirst):
+            self.publish()
+        if published or lora_request is CURRENT:
             lora_request = self.current_request()
         current = getattr(lora_request, "lora_int_id", None) == adapters.ADAPTER_ID
         explicit = lora_request is not None and not current
         unmerged = self.merges and not current and bool(adapters.active_adapters(self.shared.model))
         if unmerged:
             self._refresh(adapter=False)
-        self._check_weights(adapter=not unmerged)
+        self._check_weights(adapter=not unmerged, published=published)
         if current and self.merges:
             lora_request = None  # it is in the weights
         elif current and self.slot is not None:
-            self.slot.check()
+            if not published:
+                self.slot.check()
         elif explicit and self.slot is None:
             raise UnsupportedError(
                 "lora_request: this engine has no slot for another adapter (it was built with rollouts='merged', or "
                 "without an adapter). Load the model with FastLanguageModel.from_pretrained(max_lora_rank=...)."
             )
         return lora_request, unmerged, explicit
+
+    def request_to_publish(self) -> Any:
+        """What TRL's calls bring as `lora_request`; None without an adapter, whose weights are published at once."""
+        if (request := self.current_request()) is None:
+            self.publish()
+            return None
+        return PublishFirst(request.lora_name, request.lora_int_id, request.lora_path)
 
     def current_request(self) -> Any:
         """The `LoRARequest` of the adapter in training; None without one."""
@@ -165,10 +180,15 @@ class SharedLLM(LLM):
         """Whether the adapter in training is merged into weights of the engine's own."""
         return self.copies is not None and self.copies.merges
 
-    def _check_weights(self, adapter: bool = True) -> None:
-        """The trainer's weights are the engine's; prefixes computed with other weights cannot be hit."""
+    def _check_weights(self, adapter: bool, published: bool) -> None:
+        """The trainer's weights are the engine's; prefixes computed with other weights cannot be hit.
+
+        Args:
+            adapter: whether the adapter in training is to be in the engine's own weights.
+            published: these were compared with the trainer's just now.
+        """
         self.shared.check()
-        if self.copies is not None and adapters.publishing():
+        if self.copies is not None and not published and adapters.publishing():
             self.copies.check(adapter)
         checksum = self.shared.checksum()
         releases = None if self._standby is None else self._standby.releases  # also by a worker's own `sleep`

@@ -34,6 +34,7 @@ __all__ = [
     "samples_elsewhere",
     "sampling_overrides",
     "sampling_params",
+    "token_params",
     "with_old_logps",
 ]
 
@@ -337,11 +338,10 @@ def engine_of(owner: Any) -> SharedLLM:
 def lora_request(llm: SharedLLM) -> Any:
     """The adapter in training as a `LoRARequest`, None when the model has none.
 
-    Published first, if it changed: TRL's sync goes by its step counter, which does not notice a second `train()`, a
-    best model that was loaded at the end, or another trainer of the same model.
+    Published when the batch begins, if it changed: TRL's sync goes by its step counter, which does not notice a second
+    `train()`, a best model that was loaded at the end, or another trainer of the same model.
     """
-    llm.publish()
-    return llm.current_request()
+    return llm.request_to_publish()
 
 
 def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
@@ -349,7 +349,16 @@ def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
     given = getattr(args, "vllm_sampling_params", None) or {}
     wanted = sampling_overrides(args, settings.get("n", 1)) or {}
     merged = {**settings, **{name: wanted[name] for name in given}}
-    return params_class(**guided_decoding.translated(params_class, merged))
+    return token_params(params_class, **guided_decoding.translated(params_class, merged))
+
+
+def token_params(params_class: Any, **settings: Any) -> Any:
+    """In place of `SamplingParams(...)` where TRL reads token ids and log-probabilities, and decodes by itself.
+
+    vLLM would make text of each token as it comes, twice: this costs a small model more than computing the token.
+    """
+    settings.setdefault("detokenize", bool(settings.get("stop")))  # strings that end a completion are looked for in it
+    return params_class(**settings)
 
 
 # For people ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchfastrl import FastLanguageModel, PatchFastRL, engine_report
+from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, runtime
 from patchfastrl.checksum import checksum
 from patchfastrl.errors import AdapterError, SharingError, UnsupportedError
 from patchfastrl.sharing import base_parameters
@@ -90,6 +90,38 @@ def test_the_engine_follows_the_adapter_and_the_base_stays(family: str, lora: di
     assert_alike(llm, model)
     for name, parameter in base_parameters(model).items():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(("rollouts", "compares"), [("adapter", "_differs"), ("merged", "_now")])
+def test_trls_call_publishes_when_the_batch_begins(
+    rollouts: str, compares: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    PatchFastRL(rollouts=rollouts)
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = tiny.engine(model)
+    llm.publish()
+    keeper, compared = llm.slot or llm.copies, []
+    before = getattr(keeper, compares)
+    monkeypatch.setattr(keeper, compares, lambda *args: compared.append(args) or before(*args))
+    request = runtime.lora_request(llm)
+    assert isinstance(request, LoRARequest)
+    assert not compared
+    tiny.scramble(model, seed=5)  # after the request was made: what counts is what the trainer has when it samples
+    publishes = llm.publishes
+    theirs = tiny.logprobs(model, PROMPT)
+    assert (tiny.engine_logprobs(llm, PROMPT, lora_request=request) - theirs).abs().max() < 1e-4
+    assert llm.publishes == publishes + 1
+    compared.clear()
+    request = runtime.lora_request(llm)
+    assert (tiny.engine_logprobs(llm, PROMPT, lora_request=request) - theirs).abs().max() < 1e-4
+    assert len(compared) == 1  # one pass over the weights a batch
+    assert llm.publishes == publishes + 1
+    with model.disable_adapter():
+        assert runtime.lora_request(llm) is None
+        base = tiny.logprobs(model, PROMPT)
+        assert (tiny.engine_logprobs(llm, PROMPT, lora_request=None) - base).abs().max() < 1e-4
 
 
 def test_only_what_the_adapter_changes_is_copied() -> None:
@@ -168,7 +200,7 @@ def test_a_weight_that_vllm_replaces_while_it_measures_is_noticed(monkeypatch: p
 COMPILED = """
 import sys
 sys.path.insert(0, {tests!r})
-from patchfastrl import PatchFastRL
+from patchfastrl import PatchFastRL, runtime
 PatchFastRL(rollouts="merged")
 import tiny
 from torch._dynamo.utils import counters

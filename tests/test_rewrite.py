@@ -57,6 +57,11 @@ ENGINE = {
         "+                all_outputs = self.llm.generate(vllm_prompts, sampling_params=sampling_params, use_tqdm=False, "
         "lora_request=patchfastrl_runtime.lora_request(self.llm))",
     ],
+    "engine.token_ids": [
+        IMPORT,
+        "-            sampling_params = SamplingParams(**generation_kwargs)",
+        "+            sampling_params = patchfastrl_runtime.token_params(SamplingParams, **generation_kwargs)",
+    ],
 }
 EXPECTED = {f"{trainer}.{name}": lines for trainer in ("grpo", "rloo") for name, lines in TRAINER.items()} | ENGINE
 # The same changes in the other trainers.

@@ -81,6 +81,31 @@ def test_they_reach_vllm(tmp_path):
     assert text[0] == greedy[0][: greedy[0].index(greedy[0][1]) + 1]
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [({}, False), ({"stop": ["x"]}, True), ({"stop": []}, False), ({"detokenize": True}, True)],
+)
+def test_the_engine_makes_text_only_where_it_is_needed(tmp_path, monkeypatch, given, text):
+    from patchfastrl.llm import SharedLLM
+
+    seen = []
+    before = SharedLLM.generate
+
+    def generate(self, prompts, sampling_params=None, **kwargs):
+        if sampling_params.logprobs is not None:  # not the audit, before training
+            seen.append(sampling_params.detokenize)
+        return before(self, prompts, sampling_params=sampling_params, **kwargs)
+
+    monkeypatch.setattr(SharedLLM, "generate", generate)
+    as_settings = completions(tmp_path, generation_kwargs={"top_k": 1, **given})
+    as_parameters = completions(tmp_path, generation_kwargs={"top_k": 1}, vllm_sampling_params=given)
+    assert set(seen) == {text}
+    assert as_settings == as_parameters
+    with_text = completions(tmp_path, generation_kwargs={"top_k": 1, **given, "detokenize": True})
+    assert with_text == as_settings  # the same tokens
+    assert seen[-1]
+
+
 def test_the_engine_takes_them_too():
     llm = tiny.engine(tiny.model("llama"))
     prompt = [{"prompt_token_ids": tiny.ids(9)}]

@@ -44,7 +44,7 @@ SPANS = {
     **{f"{trainer}.generation_mode": ("0.28.0", None) for trainer in ("grpo", "rloo")},
     **{f"grpo.{n}": ("0.18.0", "0.28.0") for n in ("build", "publish", "lora_request")},
     **{f"rloo.{n}": ("0.22.0", "0.28.0") for n in ("build", "publish", "lora_request")},
-    **{f"engine.{n}": ("0.28.0", None) for n in ("build", "publish", "lora_request")},
+    **{f"engine.{n}": ("0.28.0", None) for n in ("build", "publish", "lora_request", "token_ids")},
     **{f"{trainer}.reload": ("0.26.0", "0.28.0") for trainer in ("grpo", "rloo")},
     "engine.reload": ("0.28.0", "1.10.0"),
     **{f"grpo.{n}": ("0.28.0", None) for n in ("old_logps", "loss_old_logps")},
@@ -234,6 +234,7 @@ def _line(anchor: str, name: str) -> tuple[str, dict[str, str]]:
 
 
 MUTATIONS |= {
+    "token_ids": _line("            sampling_params = SamplingParams(**generation_kwargs)\n", "SamplingParams"),
     "old_logps": _line(
         "        if self.use_vllm and self.vllm_importance_sampling_correction:\n"
         '            output["importance_sampling_ratio"] = vllm_importance_sampling_ratio\n',
