@@ -4,6 +4,7 @@
     python benchmarks/grid.py --model 0.5b --model 8b --method lora --method full --tokens 512 --tokens 2048 \\
         --completions 8 --completions 32 --json out.json
     python benchmarks/grid.py --model 8b --parallel 2                     # each side on a GPU of its own
+    python benchmarks/grid.py --model 8b --no-standby                     # TRL's default: the engine never sleeps
     python benchmarks/grid.py --model 8b --checkpoint --steps 2 --verbose # what the time until the trainer is ready is
     python benchmarks/grid.py --model tiny --tokens 16 --completions 8 --steps 3   # on a CPU, in a minute or two
 
@@ -77,6 +78,7 @@ def main() -> None:
                         help="N processes at the same time, each with a GPU of its own (default: 1)")  # fmt: skip
     parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS",
                         help="of each process: cells not begun by then are left out, and said so")  # fmt: skip
+    parser.add_argument("--no-standby", action="store_true", help="the engine never sleeps, on no side")
     parser.add_argument("--checkpoint", action="store_true", help="the model given by the name of a saved checkpoint")
     parser.add_argument("--verbose", action="store_true", help="what building takes, and what lies in memory then")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one training step of each cell")
@@ -108,7 +110,7 @@ class Grid:
 
     def run(self) -> None:
         options = self._options
-        more = {k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile")}
+        more = {k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile", "no_standby")}
         jobs, written = [], []
         for model in options.model or ["8b"]:
             for method in options.method or ["lora"]:
@@ -140,7 +142,7 @@ class Grid:
             self._add(job, result)
 
     def _add(self, job: dict[str, Any], result: dict[str, Any]) -> None:
-        settings = {k: job[k] for k in ("model", "method", "side", "share", "rank")}
+        settings = {k: job[k] for k in ("model", "method", "side", "share", "rank", "no_standby")}
         self._results.append({**settings, "from_checkpoint": job["checkpoint"] is not None, **result})
         if self._options.json:
             self._options.json.write_text(json.dumps(self._results, indent=1))
@@ -180,6 +182,8 @@ class Grid:
             found = [r for r in of_group if (r["tokens"], r["completions"]) == (tokens, completions)]
             found.sort(key=lambda r: self._sides.index(r["side"]))
             title = f"{job['model']} {job['method']}, {completions} x {tokens} tokens"
+            if self._options.no_standby:
+                title += ", without standby"
             if self._options.checkpoint:
                 title += ", from a checkpoint"
             if self._options.parallel > 1:
@@ -214,11 +218,10 @@ def write_checkpoint(job: dict[str, Any]) -> None:
 def measure(job: dict[str, Any]) -> None:
     """Build the trainer once, and train it in each cell."""
     side = job["side"]
+    os.environ["UNSLOTH_VLLM_STANDBY"] = "0" if job["no_standby"] else "1"
     if side == "unsloth":
-        os.environ["UNSLOTH_VLLM_STANDBY"] = "1"
         import unsloth  # noqa: F401  (before TRL and transformers)
     elif side != "stock":
-        os.environ["UNSLOTH_VLLM_STANDBY"] = "1"
         from patchfastrl import PatchFastRL
 
         PatchFastRL(rollouts={"adapter": "adapter"}.get(side))
@@ -237,7 +240,8 @@ def measure(job: dict[str, Any]) -> None:
         trainer, llm, ready = build(job, folder, memory, stack, on_gpu)
         clock = Clock(trainer, llm, memory.begin, on_gpu)
         cache = None if side == "unsloth" else gib_of(kv_cache(llm))
-        if side != "unsloth" and (on_gpu or side != "stock"):  # vLLM's CPU build cannot sleep by itself
+        sleeps = side != "unsloth" and (on_gpu or side != "stock")  # vLLM's CPU build cannot sleep by itself
+        if sleeps and not job["no_standby"]:
             llm.sleep(level=2 if side == "stock" else 1)
         if on_gpu:
             torch.cuda.empty_cache()
@@ -348,7 +352,7 @@ def trl_trainer(
     rank = job["rank"]
     adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     args = configuration(
-        job, folder, on_gpu, vllm_enable_sleep_mode=on_gpu,
+        job, folder, on_gpu, vllm_enable_sleep_mode=on_gpu and not job["no_standby"],
         gradient_checkpointing_kwargs={"use_reentrant": False}, **loading,
     )  # fmt: skip
     start = time.perf_counter()

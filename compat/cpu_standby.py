@@ -46,7 +46,7 @@ class Storages:
             self._released.add(number)
             storage.resize_(0)
 
-    def restore(self, tags: list[str] | None = None) -> None:
+    def take(self, tags: list[str] | None = None) -> None:
         for number, (tag, storage, size) in enumerate(self._storages):
             if number in self._released and (tags is None or tag in tags):
                 storage.resize_(size)
@@ -76,7 +76,7 @@ def install(worker: Any, own_weights: list[torch.Tensor]) -> Storages:
         storages.release()
 
     def wake_up(tags: list[str] | None = None) -> None:
-        storages.restore(tags)
+        storages.take(tags)
 
     worker.sleep, worker.wake_up = sleep, wake_up
     return storages

@@ -1,16 +1,22 @@
-"""Keep shared weights out of vLLM's sleep-mode memory pool, so that no sleep level can unmap or discard them.
+"""Shared weights stay out of vLLM's sleep-mode memory pool; what the engine has for itself goes there.
 
-Requirement: vLLM on CUDA with `enable_sleep_mode`, all releases that have `Worker._maybe_get_memory_pool_context`.
-Reason: in the pool, level 1 copies the trainer's weights to the host and level 2 discards them.
-Link: vllm/v1/worker/gpu_worker.py
+Requirement: vLLM on CUDA, all releases that have `Worker._maybe_get_memory_pool_context`.
+Reason: in the pool, sleep level 1 copies the trainer's weights to the host and level 2 discards them.
+Link: vllm/v1/worker/gpu_worker.py, vllm/device_allocator/cumem.py
 Until: vLLM can be told which allocations sleep.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+
+from patchfastrl import memory
+from patchfastrl.errors import StandbyError
 
 from .replaced import replaced
 
@@ -18,19 +24,66 @@ OWN_WEIGHTS = "own weights"  # a tag; any but vLLM's "weights", which level 1 wo
 
 
 @contextlib.contextmanager
-def weights_outside() -> Iterator[Callable[[], Any]]:
-    """While an engine is built: what is allocated as "weights" comes from torch's ordinary allocator.
-
-    Yields:
-        The pool as a context: what is allocated in it is released with the KV cache, and its contents are lost.
-    """
+def weights_outside() -> Iterator[None]:
+    """While an engine is built: what is allocated as "weights" comes from torch's ordinary allocator."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    workers: list[Any] = []
-
     def only_the_kv_cache(self: Any, tag: str) -> Any:
-        workers.append(self)
         return contextlib.nullcontext() if tag == "weights" else before(self, tag)
 
     with replaced(Worker, "_maybe_get_memory_pool_context", only_the_kv_cache) as before:
-        yield lambda: before(workers[0], OWN_WEIGHTS)
+        yield
+
+
+def usable() -> bool:
+    """Whether memory can come from vLLM's pool: not with expandable segments, where some releases refuse."""
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    return not any("expandable_segments:True" in os.environ.get(name, "") for name in names)
+
+
+def pool() -> contextlib.AbstractContextManager[Any]:
+    """What is allocated inside can be given back and taken again, at the same addresses; its contents are lost."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    return CuMemAllocator.get_instance().use_memory_pool(tag=OWN_WEIGHTS)
+
+
+class Scratch:
+    """What was allocated in `pool`, where no standby releases it. It is there to begin with."""
+
+    def __init__(self) -> None:
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        pieces = CuMemAllocator.get_instance().pointer_to_data.values()
+        self._handles = [piece.handle for piece in pieces if piece.tag == OWN_WEIGHTS]
+        self._nbytes = sum(handle[1] for handle in self._handles)
+        self.resident = True
+
+    def take(self) -> None:
+        """Raises StandbyError, with nothing taken, if the device has not enough left."""
+        from vllm.device_allocator.cumem import create_and_map, unmap_and_release
+
+        if self.resident:
+            return
+        memory.return_cached()
+        free, _ = torch.cuda.mem_get_info()
+        if free < self._nbytes:
+            raise StandbyError(
+                f"The weights that an adapter is merged into need {memory.gib(self._nbytes)} while a batch is sampled, "
+                f"and {memory.gib(free)} are left. Lower vllm_gpu_memory_utilization, set UNSLOTH_VLLM_STANDBY=1, or "
+                "use PatchFastRL(rollouts='adapter')."
+            )
+        with contextlib.ExitStack() as undo:
+            for handle in self._handles:
+                create_and_map(handle)
+                undo.callback(unmap_and_release, handle)
+            undo.pop_all()
+        self.resident = True
+
+    def release(self) -> None:
+        from vllm.device_allocator.cumem import unmap_and_release
+
+        torch.cuda.synchronize()  # vLLM computes a step ahead
+        self.resident = False
+        for handle in self._handles:
+            unmap_and_release(handle)

@@ -2,15 +2,17 @@
 
 Most of an engine's weights are the trainer's own storage. Some cannot be: float32 master weights (the engine samples in
 half precision), packed 4-bit weights, and, where rollouts are to run at the speed of a merged model, the matrices that
-the adapter changes. The engine has its own memory for these, which standby releases with the KV cache, and fills it
-from the trainer's weights and adapter before it samples. The trainer's weights are only ever read.
+the adapter changes. The engine has its own memory for these, and fills it from the trainer's weights and adapter before
+it samples. Standby releases it with the KV cache; without standby it is there while a batch runs, and no longer. The
+trainer's weights are only ever read.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,11 +20,23 @@ from torch import nn
 from . import adapters
 from .checksum import digests
 from .errors import AdapterError, SharingError
+from .interrupts import uninterrupted
 from .merge import Merge, merge_all
 from .packed import quant_state, storages_of, unpacked
 from .sharing import Shared, base_parameters
 
 Source = tuple[str, nn.Parameter]
+
+
+class Scratch(Protocol):
+    """Memory that can be released and taken again, at the same addresses; its contents are lost."""
+
+    @property
+    def resident(self) -> bool: ...
+
+    def take(self) -> None: ...
+
+    def release(self) -> None: ...
 
 
 class Copies:
@@ -33,7 +47,7 @@ class Copies:
         merges: whether the adapter in training is merged in. Otherwise they are the base's.
 
     Attributes:
-        version: grows with every adapter (or base) that is copied in.
+        version: grows with every adapter (or base) that is published.
         releases: how often the memory was released; the contents are lost each time.
     """
 
@@ -42,7 +56,10 @@ class Copies:
         self.merges = merges
         self.version = 0
         self.releases = 0
-        self._held: _Values | None = None
+        self._scratch: Scratch | None = None
+        self._held: _Values | None = None  # what was published
+        self._filled = False  # whether the memory has it
+        self._with_adapter = True
         self._sources: list[Source] = []
         self._sources_of: Any = None  # the parameters among which they were found
         self._merged: dict[str, adapters.Adapter] = {}
@@ -57,7 +74,38 @@ class Copies:
     def release(self) -> None:
         """The memory is gone, or is about to be: nothing may be sampled until the next `refresh`."""
         self.releases += 1
-        self._held = None
+        self._held, self._filled = None, False
+
+    def live_in(self, scratch: Scratch | None) -> None:
+        """Their memory is this one, there while a batch runs and no longer. None: it stays, or standby sees to it."""
+        self._scratch = scratch
+        self._give_back()
+
+    @property
+    def _resident(self) -> bool:
+        return self._scratch is None or self._scratch.resident
+
+    @contextlib.contextmanager
+    def in_memory(self) -> Iterator[None]:
+        """Inside the block the memory is there, with what was published."""
+        if self._scratch is None or self._scratch.resident:  # a batch inside a batch
+            yield
+            return
+        try:
+            with uninterrupted():
+                self._scratch.take()
+                if adapters.publishing():
+                    self._fill(self._copied(), self._adapters() if self._with_adapter else {})
+            yield
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._scratch is not None and self._scratch.resident:
+            self.releases += 1
+            self._filled = False
+            with uninterrupted():
+                self._scratch.release()
 
     def watch(self, worker: Any) -> None:
         """Notice when vLLM's worker is put to sleep past the engine, too."""
@@ -71,18 +119,28 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self, adapter: bool = True) -> bool:
-        """Make the engine's own weights those of the trainer now. Returns whether anything had to be copied.
+        """Make the engine's own weights those of the trainer now; without memory: what they will be made of.
 
         On a GPU the work is queued, not waited for: what is sampled afterwards runs after it.
 
         Args:
             adapter: with the adapter in training; False: the base model's.
+
+        Returns:
+            Whether they were others before.
         """
         wanted, sources, merged = self._now(adapter)
         if self._held is not None and self._held.same_as(wanted):
             return False
-        self._held = None  # interrupted half-way, they are nobody's weights
+        self._held, self._filled = None, False  # interrupted half-way, they are nobody's weights
         self.version += 1
+        if self._resident:
+            self._fill(sources, merged)
+        self._held, self._with_adapter = wanted, adapter
+        return True
+
+    @torch.no_grad()
+    def _fill(self, sources: list[Source], merged: dict[str, adapters.Adapter]) -> None:
         others = [(self._home(name), parameter) for name, parameter in sources if name not in merged]
         plain = [(home, parameter.data) for home, parameter in others if quant_state(parameter) is None]
         if plain:
@@ -91,8 +149,7 @@ class Copies:
             if quant_state(parameter) is not None and (values := unpacked(parameter, home)) is not home:
                 home.copy_(values)
         merge_all(self._merges(sources, merged))
-        self._held = wanted
-        return True
+        self._filled = True
 
     def _home(self, name: str) -> torch.Tensor:
         destination, view = self._shared.plan.views[name]
@@ -108,7 +165,7 @@ class Copies:
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
         now, _, _ = self._now(adapter)
-        if self._held is None or not self._held.same_as(now):
+        if self._held is None or self._filled != self._resident or not self._held.same_as(now):
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
                 "copy was released. Publish first (trainer: sync_weights(); model: fast_generate does it)."

@@ -55,7 +55,7 @@ from .compat import (
     process_groups,
     sampler_warmup,
 )
-from .copies import Copies
+from .copies import Copies, Scratch
 from .errors import UnsupportedError
 from .llm import SharedLLM, live
 from .packed import quant_state
@@ -216,6 +216,7 @@ def build(
     folder = tempfile.TemporaryDirectory(prefix="patchfastrl-engine-", ignore_cleanup_errors=True)
     _write_config(model, tokenizer, Path(folder.name))
     made: dict[str, Any] = {}
+    pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
     def on_load(engine_model: nn.Module) -> None:
         layout = sharing.make_plan(engine_model, model, cast, copied)
@@ -228,7 +229,7 @@ def build(
 
     def on_profiled() -> int:
         memory.return_cached()
-        more = materialise.own_memory(made["shared"], made.get("pool", contextlib.nullcontext)())
+        more = materialise.own_memory(made["shared"], pool())
         memory.return_cached()
         return more
 
@@ -249,7 +250,7 @@ def build(
             stack.enter_context(cpu_kv_cache.in_bytes())
             stack.enter_context(cpu_heap.not_frozen())
         else:
-            made["pool"] = stack.enter_context(cuda_weight_pool.weights_outside())
+            stack.enter_context(cuda_weight_pool.weights_outside())
         stack.enter_context(expert_slots.left_out())
         llm = SharedLLM(
             model=folder.name,
@@ -267,14 +268,22 @@ def build(
         if on_cpu:
             cpu_lora.install(llm.model_runner.lora_manager._adapter_manager.modules.values())
     if on_cpu:
-        llm._standby = cpu_standby.install(llm.worker, llm.copies.storages() if llm.copies is not None else [])
+        asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
+        llm._standby = cpu_standby.install(llm.worker, asleep)
+    scratch = None
     if llm.copies is not None:
         llm.copies.watch(llm.worker)
+        if on_cpu and not sleep_mode:
+            scratch = cpu_standby.Storages({cuda_weight_pool.OWN_WEIGHTS: llm.copies.storages()})
+        elif not sleep_mode and cuda_weight_pool.usable():
+            scratch = cuda_weight_pool.Scratch()
+        llm.copies.live_in(scratch)
     _prepare_training(llm, model)
     live.add(llm)
     memory.collect_rarely(True)
     guards.protect(llm)
-    llm._end = weakref.finalize(llm, _discard, llm.llm_engine, list(llm.shared.keys.values()), llm._standby, folder)
+    keys = list(llm.shared.keys.values())
+    llm._end = weakref.finalize(llm, _discard, llm.llm_engine, keys, llm._standby, scratch, folder)
     llm._end.atexit = False  # the process' end frees everything anyway
     try:
         audit(llm)
@@ -351,13 +360,17 @@ def _loader(on_load: Any) -> Iterator[None]:
         del _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT]
 
 
-def _discard(engine: Any, keys: list[int], standby: cpu_standby.Storages | None, folder: Any) -> None:
+def _discard(
+    engine: Any, keys: list[int], standby: cpu_standby.Storages | None, scratch: Scratch | None, folder: Any
+) -> None:
     """The end of an engine: by `close`, by garbage collection, or at exit."""
     guards.release(keys)
     memory.collect_rarely(bool(live))
+    # CUDA: freeing memory that is unmapped leaves vLLM's allocator in an error that the next engine inherits.
     if engine.engine_core.is_sleeping():
-        # CUDA: freeing memory that is unmapped leaves vLLM's allocator in an error that the next engine inherits.
         engine.wake_up(None)
+    if scratch is not None:
+        scratch.take()
     with cpu_heap.not_walked() if standby is not None else contextlib.nullcontext():
         engine.engine_core.shutdown()
     if standby is not None:
@@ -372,7 +385,7 @@ def _start_block(llm: SharedLLM, sleep_mode: bool, kwargs: dict[str, Any]) -> st
     lines = [
         f"PatchFastRL: engine ready in {llm.seconds['build']:.1f} s",
         f"  weights   {n} parameters, {memory.gib(shared.bytes)}, {dtype}: one copy, shared with the trainer",
-        *([f"  own       {memory.gib(shared.own_bytes)}, {_why_own(llm)}"] if llm.copies is not None else []),
+        *([f"  own       {_why_own(llm, sleep_mode)}"] if llm.copies is not None else []),
         "  adapter   merged into the engine's own weights before it samples"
         if llm.merges
         else f"  adapter   slot of rank {kwargs['max_lora_rank']}"
@@ -383,7 +396,7 @@ def _start_block(llm: SharedLLM, sleep_mode: bool, kwargs: dict[str, Any]) -> st
     return "\n".join(lines)
 
 
-def _why_own(llm: SharedLLM) -> str:
+def _why_own(llm: SharedLLM, sleep_mode: bool) -> str:
     parameters = llm.shared.parameters.values()
     if any(quant_state(p) is not None for p in parameters):
         why = "unpacked from the trainer's 4-bit weights"
@@ -394,4 +407,5 @@ def _why_own(llm: SharedLLM) -> str:
         )
     else:
         why = "for the adapter to be merged into"
-    return why + (", released by standby" if llm.can_sleep else "")
+    until = "by standby" if sleep_mode else "while nothing is sampled"
+    return f"{memory.gib(llm.shared.own_bytes)}, {why}, released {until}"

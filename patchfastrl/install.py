@@ -78,9 +78,9 @@ def PatchFastRL(
         max_model_length: tokens of a prompt and its completion, for the same trainers; None: what their configuration
             implies.
         rollouts: how an adapter is sampled with. ``"adapter"``: beside the shared weights, from the engine's LoRA slot.
-            ``"merged"``: merged into a copy of the weights that it changes, within the engine's share of the memory;
-            standby releases the copy with the KV cache. Faster per token on a GPU. None: merged on a GPU with standby
-            where the copy fits, else the adapter.
+            ``"merged"``: merged into a copy of the weights that it changes, within the engine's share of the memory,
+            which is there while a batch runs (with standby: while the engine is awake). Faster per token on a GPU.
+            None: merged on a GPU where the copy fits, else the adapter.
         fused_training: whether adapters (and, where `liger-kernel` is installed, norms and gated activations) are
             computed by fused operations in training: the same function, rounded in other places. None: on a GPU.
         recompute: which layers gradient checkpointing recomputes, where the script turns it on. ``"needed"``: on a GPU

@@ -117,18 +117,20 @@ class SharedLLM(LLM):
         with looked_at_once():
             lora_request, unmerged, explicit = self._prepared(lora_request)
         args, kwargs = _with_sampling_params(args, kwargs)
-        with self._timed("generate"), between_steps(self.llm_engine) as failed:
-            try:
-                return call(*args, lora_request=lora_request, **kwargs)
-            except BaseException:
-                self._failed = ", ".join(map(repr, failed))
-                self._abort_requests()
-                raise
-            finally:
-                if unmerged:
-                    self._refresh()
-                elif explicit and self.slot is not None and self.slot.version:
-                    self.slot.publish()  # the other adapter took the slot
+        try:
+            in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory()
+            with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
+                try:
+                    return call(*args, lora_request=lora_request, **kwargs)
+                except BaseException:
+                    self._failed = ", ".join(map(repr, failed))
+                    self._abort_requests()
+                    raise
+        finally:
+            if unmerged:
+                self._refresh()
+            elif explicit and self.slot is not None and self.slot.version:
+                self.slot.publish()  # the other adapter took the slot
 
     def _prepared(self, lora_request: Any) -> tuple[Any, bool, bool]:
         """Everything is as it must be for a batch with this request.

@@ -89,9 +89,8 @@ def budget(shape: Shape, run: Run, device: int) -> Budget:
     engine = int(device * run.share)
     own = shape.linear * shape.itemsize if run.method == "qlora" or (run.method == "lora" and run.merged) else 0
     cache = max(engine - own - HEADROOM // 2, 0)
-    of_engine = {"engine's own weights": own, "KV cache": cache}
-    standing = {} if run.standby else of_engine
-    sampling = {**states, "gradients": 0, **of_engine, "head-room": HEADROOM}
+    standing = {} if run.standby else {"KV cache": cache}
+    sampling = {**states, "gradients": 0, "engine's own weights": own, "KV cache": cache, "head-room": HEADROOM}
     training = {**states, **standing, "activations": _activations(shape, run), "head-room": HEADROOM}
     return Budget(device - run.taken, sampling, training)
 

@@ -1,7 +1,7 @@
 """How an adapter is sampled with: beside the shared weights, or merged into a copy of those that it changes.
 
 vLLM's LoRA kernels cost 1.3 to 1.4 times the time per token of a merged model on a GPU. A merged copy costs memory
-while sampling, and one pass over the weights each time that the adapter changes. The trainer's weights stay.
+while sampling, and one pass over the weights for each batch. The trainer's weights stay.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 from vllm.platforms import current_platform
 
 from . import adapters, memory
+from .compat import cuda_weight_pool
 from .errors import UnsupportedError
 from .install import settings
 from .packed import quant_state, shape_of
@@ -27,7 +28,7 @@ def merged(model: nn.Module, dtype: torch.dtype, sleep_mode: bool, engine: dict[
 
     Args:
         dtype: of the engine.
-        sleep_mode: whether standby releases the copy.
+        sleep_mode: whether standby is on.
         engine: `vllm.LLM` arguments.
 
     Raises:
@@ -37,7 +38,8 @@ def merged(model: nn.Module, dtype: torch.dtype, sleep_mode: bool, engine: dict[
     parameters = base_parameters(model)
     packed = {name for name, p in parameters.items() if quant_state(p) is not None}
     on_gpu = not current_platform.is_cpu()
-    if not packed and (wanted == "adapter" or (wanted is None and not (on_gpu and sleep_mode))):
+    passing = sleep_mode or cuda_weight_pool.usable()  # while sampling only
+    if not packed and (wanted == "adapter" or (wanted is None and not (on_gpu and passing))):
         return set(), False
     names = _changed_by_adapters(model) & parameters.keys() if wanted != "adapter" else set()
     needed = sum(shape_of(parameters[name]).numel() for name in names | packed) * dtype.itemsize

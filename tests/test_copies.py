@@ -13,10 +13,11 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm import SamplingParams
 
 from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, runtime
 from patchfastrl.checksum import checksum
-from patchfastrl.errors import AdapterError, SharingError, UnsupportedError
+from patchfastrl.errors import AdapterError, SharingError, StandbyError, UnsupportedError
 from patchfastrl.sharing import base_parameters
 
 PROMPT = tiny.ids(16)
@@ -248,6 +249,61 @@ def test_standby_releases_the_copy_and_waking_makes_it_anew_before_the_kv_cache_
     assert_alike(llm, model)
 
 
+def test_without_standby_the_copy_is_there_while_a_batch_runs() -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model)
+    storages = [t.untyped_storage() for t in llm.copies.storages()]
+    sizes: list[int] = []
+    step = llm.llm_engine.engine_core.get_output
+    llm.llm_engine.engine_core.get_output = lambda: sizes.append(sum(s.nbytes() for s in storages)) or step()
+    for seed in (2, 3):
+        assert not any(s.nbytes() for s in storages)
+        tiny.scramble(model, seed=seed)
+        with pytest.raises(SharingError, match="Publish first"):
+            tiny.engine_greedy(llm, PROMPT)
+        assert llm.publish()
+        assert not llm.publish()
+        assert not sizes
+        assert_alike(llm, model)
+        assert set(sizes) == {llm.shared.own_bytes}
+        sizes.clear()
+    # The base model, asked for by name, and the adapter after it.
+    with model.disable_adapter():
+        base = tiny.logprobs(model, PROMPT)
+    assert (tiny.engine_logprobs(llm, PROMPT, lora_request=None) - base).abs().max() < 1e-4
+    assert_alike(llm, model)
+    # A batch of one policy after another may use the prefixes of the first.
+    cached = []
+    for _ in range(2):
+        params = SamplingParams(temperature=0.0, max_tokens=2, detokenize=False)
+        output = llm.generate([{"prompt_token_ids": tiny.ids(160)}], sampling_params=params, use_tqdm=False)
+        cached.append(output[0].num_cached_tokens)
+    assert cached[0] == 0
+    assert cached[1] > 0
+    sizes.clear()
+    llm.llm_engine.engine_core.get_output = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        tiny.engine_greedy(llm, PROMPT)
+    assert not any(s.nbytes() for s in storages)
+    llm.close("the test is over.")
+
+
+def test_memory_that_cannot_be_taken_is_an_error_and_the_next_batch_may_have_it() -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model)
+    scratch = llm.copies._scratch
+    take = scratch.take
+
+    def fail() -> None:
+        raise StandbyError("nothing is left")
+
+    scratch.take = fail
+    with pytest.raises(StandbyError, match="nothing is left"):
+        tiny.engine_greedy(llm, PROMPT)
+    scratch.take = take
+    assert_alike(llm, model)
+
+
 def test_an_error_while_the_copy_is_made_leaves_an_engine_that_is_awake() -> None:
     model = tiny.adapted(tiny.model("qwen2"))
     llm = merged(model, enable_sleep_mode=True)
@@ -378,7 +434,7 @@ def test_the_audit_alters_packed_weights_too() -> None:
     """An engine that computes with something else than what is unpacked into it does not pass."""
     from patchfastrl.audit import audit
 
-    llm = tiny.engine(tiny.adapted(quantised()))
+    llm = tiny.engine(tiny.adapted(quantised()), enable_sleep_mode=True)
     audit(llm)
     copies = llm.copies
     stale = copies._held

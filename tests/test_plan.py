@@ -42,6 +42,8 @@ def test_the_parts_of_an_8b_model() -> None:
 def test_without_standby_the_cache_stays() -> None:
     found = plan.budget(EIGHT, replace(RUN, standby=False), 140 * GIB)
     assert found.training["KV cache"] == found.sampling["KV cache"] > 0
+    assert found.sampling["engine's own weights"] > 0
+    assert "engine's own weights" not in found.training  # they are there while a batch runs
 
 
 def test_the_engine_gets_what_the_trainer_leaves() -> None:
@@ -50,7 +52,7 @@ def test_the_engine_gets_what_the_trainer_leaves() -> None:
     assert run == replace(all_of_it, share=run.share)
     assert 0.85 < run.share < 0.88  # 15.3 GiB are the trainer's, adapter and optimizer included, and 3 head-room
     assert plan.problem(EIGHT, run, 140 * GIB) is None
-    assert "standby" in (plan.problem(EIGHT, replace(run, standby=False), 140 * GIB) or "")
+    assert "standby" in (plan.problem(EIGHT, replace(run, standby=False, tokens=2048), 140 * GIB) or "")
     assert plan.beside_the_trainer(EIGHT, RUN, 140 * GIB) == RUN  # what fits is not touched
     beside_others = plan.beside_the_trainer(EIGHT, replace(all_of_it, taken=60 * GIB), 140 * GIB)
     assert beside_others.share < run.share - 60 / 141
