@@ -233,9 +233,9 @@ def steps(
         "sampling": memory.times["sampling ends"] - memory.times["sampling begins"],
         "training": memory.times["trained"] - begun["training"],
     }
-    unmapped = unmapped_while_asleep(memory) if gpu and job["standby"] else 0.0
+    unmapped = unmapped_while_training(memory) if gpu else 0.0
     found["bytes"] = where(trainer, job, gpu, found["training"], unmapped)
-    found["unmapped_while_asleep"] = unmapped
+    found["unmapped_while_training"] = unmapped
     found |= versions()
 
 
@@ -292,12 +292,12 @@ def where(trainer: Any, job: dict[str, Any], gpu: bool, driver: float, unmapped:
     return {**parts, "in all, at the driver": driver, **computed}
 
 
-def unmapped_while_asleep(memory: Memory) -> float:
-    """GiB in vLLM's allocator that torch counts as reserved although the sleeping engine has given them back."""
+def unmapped_while_training(memory: Memory) -> float:
+    """GiB in vLLM's allocator that torch counts as reserved although the engine has given them back."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     if memory.details["ready"]["reserved"] <= memory.details["ready"]["driver"]:
-        return 0.0  # not counted, or not asleep
+        return 0.0  # not counted, or not given back
     return CuMemAllocator.get_instance().get_current_usage() / 2**30
 
 
