@@ -88,7 +88,7 @@ class Copies:
     @contextlib.contextmanager
     def in_memory(self) -> Iterator[None]:
         """Inside the block the memory is there, with what was published."""
-        if self._scratch is None or self._scratch.resident:  # a batch inside a batch
+        if self._scratch is None:
             yield
             return
         try:

@@ -70,11 +70,8 @@ def between_steps(engine: Any) -> Iterator[list[BaseException]]:
                 failed.append(error)
                 raise
 
-        outer = vars(engine).get("step")  # a batch inside a batch: `chat` of some vLLM releases calls `generate`
         engine.step = step_when_not_interrupted
         try:
             yield failed
         finally:
             del engine.step
-            if outer is not None:
-                engine.step = outer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import time
 import weakref
 from collections import Counter, defaultdict
@@ -57,6 +58,7 @@ class SharedLLM(LLM):
         self.recompute = None
         self._closed: str | None = None
         self._failed = ""
+        self._samples_in: int | None = None  # the thread in which a batch runs
         self._standby: cpu_standby.Storages | None = None
         self._prefixes_of: Any = None
         super().__init__(**kwargs)
@@ -106,6 +108,10 @@ class SharedLLM(LLM):
     enqueue_chat = enqueue
 
     def _sample(self, call: Any, args: tuple, kwargs: dict[str, Any], lora_request: Any) -> Any:
+        if self._samples_in == threading.get_ident():
+            # A batch inside a batch, with what the outer one was prepared for: `chat` of some vLLM releases calls
+            # `generate`, and `beam_search` does so for each token.
+            return call(*args, lora_request=lora_request, **kwargs)
         if self._closed:
             raise PatchFastRLError(f"This engine is closed: {self._closed}")
         if self._failed:
@@ -120,12 +126,15 @@ class SharedLLM(LLM):
         try:
             in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory()
             with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
+                self._samples_in = threading.get_ident()
                 try:
                     return call(*args, lora_request=lora_request, **kwargs)
                 except BaseException:
                     self._failed = ", ".join(map(repr, failed))
                     self._abort_requests()
                     raise
+                finally:
+                    self._samples_in = None
         finally:
             if unmerged:
                 self._refresh()

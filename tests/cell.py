@@ -1,7 +1,7 @@
 """One cell of the support table, run for real: `python tests/cell.py [--json FILE]` in that cell's environment.
 
-A GRPO script with LoRA, with full fine-tuning, and with standby where the installed TRL has sleep mode. Checked: one
-storage, every batch sampled from the current weights (also the second one within a step), the base unchanged under
+A GRPO script with LoRA, with full fine-tuning, with conversations and merged rollouts, and with standby where the
+installed TRL has sleep mode. Checked: one storage, every batch sampled from the current weights (also the second one within a step), the base unchanged under
 LoRA, a new adapter that beats a cached prefix, and an undo that leaves TRL as it was. Prints a line for each check;
 exits with 1 when one fails. It goes with every release, so it uses only what all of them have.
 """
@@ -27,7 +27,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 WORDS = 96
 LONG = 300  # tokens: more than two blocks of the KV cache
-MODES = {"lora": (True, False), "full": (False, False), "standby": (True, True)}
+MODES = {"lora": (True, False), "full": (False, False), "merged": (True, False), "standby": (True, True)}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 results: dict[str, Any] = {"checks": {}}
 
@@ -107,16 +108,23 @@ def run(mode: str, model_path: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from patchfastrl import PatchFastRL
+
     lora, standby = MODES[mode]
+    talks = mode == "merged"  # TRL before 0.28 calls the engine's `chat` then
+    PatchFastRL(rollouts="merged" if talks else None)
     os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if standby else "0"
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE if talks else None
     model = AutoModelForCausalLM.from_pretrained(model_path).float()
     trainers: list[Any] = []
     batches: list[tuple[int, float, float]] = []  # (step, agreement with the policy, agreement with the base)
     draws = iter(torch.rand(10_000, generator=torch.Generator().manual_seed(1)).tolist())
 
-    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         texts = zip(prompts, completions, strict=True)
+        if talks:
+            texts = ((p[-1]["content"], c[-1]["content"]) for p, c in texts)
         pairs = [(tokenizer(p)["input_ids"], tokenizer(c)["input_ids"]) for p, c in texts]
         pairs = [(p, c) for p, c in pairs if c]
         policy = trainers[0].accelerator.unwrap_model(trainers[0].model)
@@ -131,7 +139,8 @@ def run(mode: str, model_path: str, folder: Path) -> None:
             move(trainers[0].accelerator.unwrap_model(trainers[0].model), lora)
 
     vocabulary = [w for w in tokenizer.get_vocab() if w.startswith("w")]
-    prompts = Dataset.from_dict({"prompt": [" ".join(vocabulary[n : n + 6]) for n in range(0, 64, 2)]})
+    texts = [" ".join(vocabulary[n : n + 6]) for n in range(0, 64, 2)]
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] for t in texts] if talks else texts})
     arguments = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, per_device_eval_batch_size=4, num_generations=4,
         max_completion_length=8, max_steps=3, learning_rate=3e-2, logging_steps=1, report_to=[], save_strategy="no",
@@ -146,9 +155,11 @@ def run(mode: str, model_path: str, folder: Path) -> None:
     trainers.append(trainer)
     llm = getattr(trainer, "vllm_generation", trainer).llm
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    ours = {p.untyped_storage().data_ptr() for n, p in policy.named_parameters() if "lora_" not in n}
+    own = {name for name, (home, _) in llm.shared.plan.views.items() if home in llm.shared.plan.own}
+    ours = {p.untyped_storage().data_ptr() for n, p in llm.shared.parameters.items() if n not in own}
     theirs = {p.untyped_storage().data_ptr() for p in llm.shared.engine_model.parameters()}
-    check(f"{mode}: one storage", ours <= theirs, f"{len(llm.shared.plan.views)} parameters")
+    check(f"{mode}: one storage", ours <= theirs, f"{len(llm.shared.parameters) - len(own)} parameters")
+    check(f"{mode}: {'merged rollouts' if talks else 'no copies'}", llm.merges == bool(own) == talks)
     before = llm.shared.checksum()
     trainer.train()
     losses = [h for h in trainer.state.log_history if "loss" in h]

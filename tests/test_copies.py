@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, runtime
 from patchfastrl.checksum import checksum
@@ -286,6 +287,30 @@ def test_without_standby_the_copy_is_there_while_a_batch_runs() -> None:
         tiny.engine_greedy(llm, PROMPT)
     assert not any(s.nbytes() for s in storages)
     llm.close("the test is over.")
+
+
+@pytest.mark.parametrize("standby", [False, True])
+def test_a_batch_inside_a_batch_has_the_same_weights(standby: bool) -> None:
+    """`chat` of some vLLM releases calls `generate` with the request that it was given, `beam_search` once a token."""
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model, enable_sleep_mode=standby)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
+
+    def as_in_older_releases(prompts: Any, **kwargs: Any) -> Any:
+        first = llm.generate(prompts, **kwargs)
+        return first, llm.generate(prompts, **kwargs)
+
+    for seed in (2, 3):
+        tiny.scramble(model, seed=seed)
+        llm.publish()
+        for request in (llm.current_request(), runtime.lora_request(llm)):
+            prompts, settings = [{"prompt_token_ids": PROMPT}], {"sampling_params": params, "use_tqdm": False}
+            outputs = llm._sample(as_in_older_releases, (prompts,), settings, request)
+            assert [list(o[0].outputs[0].token_ids) for o in outputs] == [tiny.greedy(model, PROMPT)] * 2
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    beams = BeamSearchParams(beam_width=1, max_tokens=12, ignore_eos=True)
+    found = llm.beam_search([{"prompt_token_ids": PROMPT}], beams)
+    assert found[0].sequences[0].tokens[-12:] == tiny.greedy(model, PROMPT)
 
 
 def test_memory_that_cannot_be_taken_is_an_error_and_the_next_batch_may_have_it() -> None:

@@ -17,7 +17,6 @@ from packaging.version import Version
 from patchfastrl import PatchFastRL, UnpatchFastRL, install, runtime
 from patchfastrl.compat import cpu_rms_norm, guided_decoding, request_ids
 from patchfastrl.errors import UnsupportedError
-from patchfastrl.interrupts import between_steps
 
 
 def test_standby_needs_a_release_with_sleep_mode() -> None:
@@ -60,17 +59,6 @@ def test_a_rollout_func_that_would_be_forgotten_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"rollout_func.*0\.26\.0"):
         runtime.configure(object(), args, "a/model", None, server_only=print)
     assert args.vllm_mode == "server"
-
-
-def test_a_batch_may_run_inside_a_batch() -> None:
-    class Engine:
-        def step(self) -> str:
-            return "stepped"
-
-    engine = Engine()
-    with between_steps(engine), between_steps(engine):
-        assert engine.step() == "stepped"
-    assert vars(engine) == {}
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
