@@ -1,9 +1,10 @@
 """One cell of the support table, run for real: `python tests/cell.py [--json FILE]` in that cell's environment.
 
 A GRPO script with LoRA, with full fine-tuning, with conversations and merged rollouts, and with standby where the
-installed TRL has sleep mode. Checked: one storage, every batch sampled from the current weights (also the second one within a step), the base unchanged under
-LoRA, a new adapter that beats a cached prefix, and an undo that leaves TRL as it was. Prints a line for each check;
-exits with 1 when one fails. It goes with every release, so it uses only what all of them have.
+installed TRL has sleep mode. Checked: one storage, every batch sampled from the current weights (also the second one
+within a step), the base unchanged under LoRA, a new adapter that beats a cached prefix, and an undo that leaves TRL as
+it was. Prints a line for each check; exits with 1 when one fails. It goes with every release, so it uses only what all
+of them have.
 """
 
 from __future__ import annotations
