@@ -270,7 +270,7 @@ def build(
     if on_cpu:
         asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
         llm._standby = cpu_standby.install(llm.worker, asleep)
-    scratch = None
+    scratch: Scratch | None = None
     if llm.copies is not None:
         llm.copies.watch(llm.worker)
         if on_cpu and not sleep_mode:
