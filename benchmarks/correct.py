@@ -14,8 +14,9 @@ changed model (where nothing changed: against those of other tokens). Prompts ar
 cached for an older policy would show.
 
 In training, after --steps the base must be the same bit for bit, and from there to --long (lora) the driver's memory
-must not grow. lora, qlora: the adapter merged into the engine's copy; -adapter: in the engine's slot. fp8-cache, on a
-GPU only: FastLanguageModel.from_pretrained(float8_kv_cache=True).
+must not grow. lora, qlora: the adapter merged into the engine's copy; -adapter: in the engine's slot; -no-standby:
+merged, and the engine never sleeps, so that the copy's memory must be there while a batch runs, and no longer.
+fp8-cache, on a GPU only: FastLanguageModel.from_pretrained(float8_kv_cache=True).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ KINDS = {  # name: (side, method)
     "stock-lora": ("stock", "lora"),
     "stock-full": ("stock", "full"),
     "lora": ("patched", "lora"),
+    "lora-no-standby": ("patched", "lora"),
     "lora-adapter": ("adapter", "lora"),
     "qlora": ("patched", "qlora"),
     "qlora-adapter": ("adapter", "qlora"),
@@ -241,7 +243,7 @@ def trainer_of(job: dict[str, Any], folder: str, stack: contextlib.ExitStack) ->
         if not gpu:
             stack.enter_context(stock_on_cpu(generation))
     args = grid.configuration(
-        job, folder, gpu, vllm_enable_sleep_mode=gpu, learning_rate=1e-5,
+        job, folder, gpu, vllm_enable_sleep_mode=gpu and sleeps(job), learning_rate=1e-5,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     lora = LoraConfig(r=job["rank"], lora_alpha=job["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
@@ -307,8 +309,12 @@ def stock(job: dict[str, Any]) -> None:
             synced("after the sync of another adapter", "adapter")
 
 
+def sleeps(job: dict[str, Any]) -> bool:
+    return not job["kind"].endswith("-no-standby")
+
+
 def patched(job: dict[str, Any]) -> None:
-    os.environ["UNSLOTH_VLLM_STANDBY"] = "1"
+    os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if sleeps(job) else "0"
     from patchfastrl import PatchFastRL
 
     PatchFastRL(rollouts="adapter" if job["side"] == "adapter" else "merged")
@@ -322,8 +328,11 @@ def patched(job: dict[str, Any]) -> None:
         llm, model, adapted = trainer.vllm_generation.llm, trainer.model, job["method"] != "full"
         compared = Compared(job, model)
         processes.report(job, engine_check(llm))
-        llm.wake_up()
+        if sleeps(job):
+            llm.wake_up()
         llm.publish()
+        if not sleeps(job) and on_gpu():
+            processes.report(job, scratch_check(llm, memory))
         compared("as built", llm, "fresh")
         write(model)
         llm.publish()
@@ -343,17 +352,20 @@ def patched(job: dict[str, Any]) -> None:
             processes.report(job, {"check": check, "passed": said is not None, "said": said})
             llm.publish()
             compared("after publishing another adapter", llm, like)
-        llm.sleep(level=2)
-        llm.wake_up()
-        llm.publish()
-        compared("after sleep and wake", llm, like, changed=False)
+        if sleeps(job):
+            llm.sleep(level=2)
+            llm.wake_up()
+            llm.publish()
+            compared("after sleep and wake", llm, like, changed=False)
         if adapted:
             another_adapter(model, 2)
             llm.publish()
             compared("after publishing another adapter once more", llm, like)
-        llm.sleep(level=2)
+        if sleeps(job):
+            llm.sleep(level=2)
         train(job, trainer, memory)
-        llm.wake_up()
+        if sleeps(job):
+            llm.wake_up()
         llm.publish()
         compared("after training", llm, like, changed=False)
 
@@ -371,6 +383,28 @@ def engine_check(llm: Any) -> dict[str, Any]:
         "merged": llm.merges,
         "versions": versions(),
     }
+
+
+def scratch_check(llm: Any, memory: Memory) -> dict[str, Any]:
+    """The driver sees the engine's own weights while a batch runs, and neither before nor after it."""
+    import torch
+
+    def settled() -> float:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return memory.used()
+
+    own = llm.shared.own_bytes / 2**30
+    sample(llm)  # what the first batch makes for good
+    before, begin = settled(), time.perf_counter() - memory.begin
+    sample(llm)
+    during = max(size for _, size in memory.between(begin, time.perf_counter() - memory.begin))
+    after = settled()
+    return {
+        "check": "the copy's memory is there while a batch runs, and no longer",
+        "passed": during - before > 0.9 * own and after - before < 0.1 * own,
+        "own_gib": own, "before": before, "during": during, "after": after,
+    }  # fmt: skip
 
 
 def train(job: dict[str, Any], trainer: Any, memory: Memory) -> None:

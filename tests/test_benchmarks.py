@@ -71,15 +71,16 @@ def test_a_time_limit_is_kept_and_said(tmp_path: Path) -> None:
 
 def test_correctness_checks_pass_and_have_controls_that_do_not(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
-    small = ("--model", "tiny", "--only", "lora", "--steps", 3, "--long", 10, "--rank", 8)
+    both = ("--only", "lora", "--only", "lora-no-standby")
+    small = ("--model", "tiny", *both, "--steps", 3, "--long", 10, "--rank", 8)
     said = script("correct.py", *small, "--json", file)
     found = {(f["kind"], f["check"]): f for f in json.loads(file.read_text())}
     assert all(f["passed"] for f in found.values())
     assert "FAIL" not in said
     assert ("stock-lora", "after the sync of another adapter") in found
-    compared = [f for (kind, _), f in found.items() if kind == "lora" and "control" in f]
-    assert len(compared) == 6
-    for f in compared:
+    compared = {kind: [f for (k, _), f in found.items() if k == kind and "control" in f] for kind in both[1::2]}
+    assert [len(some) for some in compared.values()] == [6, 5]
+    for f in [*compared["lora"], *compared["lora-no-standby"]]:
         assert f["stock_mean"] > 0
         assert f["mean"] < 1e-5 < 1e-3 < f["control"]
     assert found["lora", "after 3 steps the base is bit-identical"]["same_base"]
