@@ -37,8 +37,10 @@ def weights_outside() -> Iterator[None]:
 
 def usable() -> bool:
     """Whether memory can come from vLLM's pool: not with expandable segments, where some releases refuse."""
+    from vllm.device_allocator.cumem import cumem_available
+
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    return not any("expandable_segments:True" in os.environ.get(name, "") for name in names)
+    return cumem_available and not any("expandable_segments:True" in os.environ.get(name, "") for name in names)
 
 
 def pool() -> contextlib.AbstractContextManager[Any]:

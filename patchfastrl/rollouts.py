@@ -37,9 +37,8 @@ def merged(model: nn.Module, dtype: torch.dtype, sleep_mode: bool, engine: dict[
     wanted = settings().rollouts
     parameters = base_parameters(model)
     packed = {name for name, p in parameters.items() if quant_state(p) is not None}
-    on_gpu = not current_platform.is_cpu()
-    passing = sleep_mode or cuda_weight_pool.usable()  # while sampling only
-    if not packed and (wanted == "adapter" or (wanted is None and not (on_gpu and passing))):
+    passing = not current_platform.is_cpu() and (sleep_mode or cuda_weight_pool.usable())  # there while sampling only
+    if not packed and (wanted == "adapter" or (wanted is None and not passing)):
         return set(), False
     names = _changed_by_adapters(model) & parameters.keys() if wanted != "adapter" else set()
     needed = sum(shape_of(parameters[name]).numel() for name in names | packed) * dtype.itemsize

@@ -207,6 +207,74 @@ def test_base_weights_exist_once(tmp_path: Path) -> None:
     assert found["stock"]["growth"] > 0.9 * copy, found
 
 
+# Memory that is there while a batch runs ----------------------------------------------------------------------------
+
+
+def test_the_pool_is_used_where_vllm_can_give_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.device_allocator import cumem
+
+    from patchfastrl.compat import cuda_weight_pool
+
+    assert not cuda_weight_pool.usable()  # vLLM's CPU build has none
+    monkeypatch.setattr(cumem, "cumem_available", True)
+    assert cuda_weight_pool.usable()
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "max_split_size_mb:128,expandable_segments:True")
+            assert not cuda_weight_pool.usable()
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 2])
+def test_a_piece_that_cannot_be_mapped_leaves_none_mapped(
+    fails_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's calls, which only a GPU's build of vLLM has, are noted down instead."""
+    from types import SimpleNamespace
+
+    from vllm.device_allocator import cumem
+
+    from patchfastrl.compat import cuda_weight_pool
+    from patchfastrl.errors import StandbyError
+
+    pieces = {n: SimpleNamespace(handle=(0, 100, n), tag="own weights" if n < 3 else "kv_cache") for n in range(4)}
+    mapped, free = dict.fromkeys(range(4), True), [1000]
+
+    def create_and_map(handle: tuple[int, int, int]) -> None:
+        if handle[2] == fails_at:
+            raise RuntimeError("out of memory")
+        assert not mapped[handle[2]]
+        mapped[handle[2]] = True
+
+    def unmap_and_release(handle: tuple[int, int, int]) -> None:
+        assert mapped[handle[2]]
+        mapped[handle[2]] = False
+
+    allocator = SimpleNamespace(pointer_to_data=pieces)
+    monkeypatch.setattr(cumem.CuMemAllocator, "get_instance", staticmethod(lambda: allocator))
+    monkeypatch.setattr(cumem, "create_and_map", create_and_map)
+    monkeypatch.setattr(cumem, "unmap_and_release", unmap_and_release)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 2000))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    scratch = cuda_weight_pool.Scratch()
+    scratch.release()
+    assert list(mapped.values()) == [False, False, False, True]
+    assert not scratch.resident
+    if fails_at is None:
+        scratch.take()
+        scratch.take()
+        assert all(mapped.values())
+        scratch.release()
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            scratch.take()
+    assert list(mapped.values()) == [False, False, False, True]
+    assert not scratch.resident
+    free[0] = 299
+    with pytest.raises(StandbyError, match=r"need 0\.0 MiB.*rollouts='adapter'"):
+        scratch.take()
+    assert list(mapped.values()) == [False, False, False, True]
+
+
 if __name__ == "__main__":
     import conftest  # noqa: F401  the same environment as under pytest
 
