@@ -34,13 +34,14 @@ def test_standby_needs_a_release_with_sleep_mode() -> None:
 def test_sampling_params_without_overrides_are_trls(generation_kwargs: dict[str, Any]) -> None:
     args = SimpleNamespace(**generation_kwargs)
     settings = {"n": 1, "temperature": 0.9, "min_p": 0.1}
-    assert runtime.sampling_params(dict, args, **settings) == settings
+    assert runtime.sampling_params(dict, args, **settings) == {**settings, "detokenize": False}
+    assert runtime.sampling_params(dict, args, **settings, stop=["x"])["detokenize"]  # they are looked for in text
 
 
 def test_sampling_params_take_the_overrides() -> None:
     args = SimpleNamespace(vllm_sampling_params={"min_p": 0.2, "stop": ["x"]}, temperature=0.9)
     made = runtime.sampling_params(dict, args, n=1, temperature=0.9, min_p=0.0)
-    assert made == {"n": 1, "temperature": 0.9, "min_p": 0.2, "stop": ["x"]}
+    assert made == {"n": 1, "temperature": 0.9, "min_p": 0.2, "stop": ["x"], "detokenize": True}
     with pytest.raises(UnsupportedError, match="TRL needs n=1"):
         runtime.sampling_params(dict, SimpleNamespace(vllm_sampling_params={"n": 2}), n=1)
 

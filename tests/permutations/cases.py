@@ -39,7 +39,7 @@ CALLS = {
     "RLOOTrainer.__init__": ["configure", "load_model", "sampling_overrides"],
     "VLLMGeneration._init_vllm": ["build_engine"],
     "VLLMGeneration.sync_weights": ["publish"],
-    "VLLMGeneration.generate": ["lora_request", "token_ids"],
+    "VLLMGeneration.generate": ["lora_request", "token_params"],
 }
 
 
