@@ -328,8 +328,7 @@ def patched(job: dict[str, Any]) -> None:
         llm, model, adapted = trainer.vllm_generation.llm, trainer.model, job["method"] != "full"
         compared = Compared(job, model)
         processes.report(job, engine_check(llm))
-        if sleeps(job):
-            llm.wake_up()
+        llm.wake_up()
         llm.publish()
         if not sleeps(job) and on_gpu():
             processes.report(job, scratch_check(llm, memory))
@@ -364,8 +363,7 @@ def patched(job: dict[str, Any]) -> None:
         if sleeps(job):
             llm.sleep(level=2)
         train(job, trainer, memory)
-        if sleeps(job):
-            llm.wake_up()
+        llm.wake_up()
         llm.publish()
         compared("after training", llm, like, changed=False)
 

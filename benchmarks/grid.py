@@ -240,8 +240,8 @@ def measure(job: dict[str, Any]) -> None:
         trainer, llm, ready = build(job, folder, memory, stack, on_gpu)
         clock = Clock(trainer, llm, memory.begin, on_gpu)
         cache = None if side == "unsloth" else gib_of(kv_cache(llm))
-        sleeps = side != "unsloth" and (on_gpu or side != "stock")  # vLLM's CPU build cannot sleep by itself
-        if sleeps and not job["no_standby"]:
+        can_sleep = side != "unsloth" and (on_gpu or side != "stock")  # vLLM's CPU build cannot by itself
+        if can_sleep and not job["no_standby"]:
             llm.sleep(level=2 if side == "stock" else 1)
         if on_gpu:
             torch.cuda.empty_cache()

@@ -71,7 +71,7 @@ class Scratch:
         free, _ = torch.cuda.mem_get_info()
         if free < self._nbytes:
             raise StandbyError(
-                f"The weights that an adapter is merged into need {memory.gib(self._nbytes)} while a batch is sampled, "
+                f"The engine's own weights need {memory.gib(self._nbytes)} while a batch is sampled, "
                 f"and {memory.gib(free)} are left. Lower vllm_gpu_memory_utilization, set UNSLOTH_VLLM_STANDBY=1, or "
                 "use PatchFastRL(rollouts='adapter')."
             )

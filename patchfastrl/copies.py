@@ -57,9 +57,7 @@ class Copies:
         self.version = 0
         self.releases = 0
         self._scratch: Scratch | None = None
-        self._held: _Values | None = None  # what was published
-        self._filled = False  # whether the memory has it
-        self._with_adapter = True
+        self._held: _Values | None = None  # what was published: the memory, where it is there, has it
         self._sources: list[Source] = []
         self._sources_of: Any = None  # the parameters among which they were found
         self._merged: dict[str, adapters.Adapter] = {}
@@ -74,7 +72,7 @@ class Copies:
     def release(self) -> None:
         """The memory is gone, or is about to be: nothing may be sampled until the next `refresh`."""
         self.releases += 1
-        self._held, self._filled = None, False
+        self._held = None
 
     def live_in(self, scratch: Scratch | None) -> None:
         """Their memory is this one, there while a batch runs and no longer. None: it stays, or standby sees to it."""
@@ -82,7 +80,8 @@ class Copies:
         self._give_back()
 
     @property
-    def _resident(self) -> bool:
+    def resident(self) -> bool:
+        """Whether the memory is there. With standby, whether the engine is awake counts too."""
         return self._scratch is None or self._scratch.resident
 
     @contextlib.contextmanager
@@ -94,8 +93,8 @@ class Copies:
         try:
             with uninterrupted():
                 self._scratch.take()
-                if adapters.publishing():
-                    self._fill(self._copied(), self._adapters() if self._with_adapter else {})
+                if self._held is not None and adapters.publishing():
+                    self._fill(self._copied(), self._adapters() if self._held.scalings else {})
             yield
         finally:
             self._give_back()
@@ -103,7 +102,6 @@ class Copies:
     def _give_back(self) -> None:
         if self._scratch is not None and self._scratch.resident:
             self.releases += 1
-            self._filled = False
             with uninterrupted():
                 self._scratch.release()
 
@@ -132,11 +130,11 @@ class Copies:
         wanted, sources, merged = self._now(adapter)
         if self._held is not None and self._held.same_as(wanted):
             return False
-        self._held, self._filled = None, False  # interrupted half-way, they are nobody's weights
+        self._held = None  # interrupted half-way, they are nobody's weights
         self.version += 1
-        if self._resident:
+        if self.resident:
             self._fill(sources, merged)
-        self._held, self._with_adapter = wanted, adapter
+        self._held = wanted
         return True
 
     @torch.no_grad()
@@ -149,7 +147,6 @@ class Copies:
             if quant_state(parameter) is not None and (values := unpacked(parameter, home)) is not home:
                 home.copy_(values)
         merge_all(self._merges(sources, merged))
-        self._filled = True
 
     def _home(self, name: str) -> torch.Tensor:
         destination, view = self._shared.plan.views[name]
@@ -165,7 +162,7 @@ class Copies:
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
         now, _, _ = self._now(adapter)
-        if self._held is None or self._filled != self._resident or not self._held.same_as(now):
+        if self._held is None or not self._held.same_as(now):
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
                 "copy was released. Publish first (trainer: sync_weights(); model: fast_generate does it)."

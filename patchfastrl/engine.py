@@ -31,6 +31,7 @@ from . import (
     quantisation,
     rollouts,
     sharing,
+    start_block,
     training,
     weightless,
 )
@@ -291,7 +292,7 @@ def build(
         llm.close("its audit failed.")
         raise
     llm.seconds["build"] = time.perf_counter() - start
-    logger.warning(_start_block(llm, sleep_mode, kwargs))
+    logger.warning(start_block.of(llm, sleep_mode))
     return llm
 
 
@@ -376,36 +377,3 @@ def _discard(
     if standby is not None:
         standby.release()  # at once, not when the collector gets round to vLLM's cycles
     folder.cleanup()
-
-
-def _start_block(llm: SharedLLM, sleep_mode: bool, kwargs: dict[str, Any]) -> str:
-    shared = llm.shared
-    n = sum(destination not in shared.plan.own for destination, _ in shared.plan.views.values())
-    dtype = next(iter(shared.homes.values())).dtype
-    lines = [
-        f"PatchFastRL: engine ready in {llm.seconds['build']:.1f} s",
-        f"  weights   {n} parameters, {memory.gib(shared.bytes)}, {dtype}: one copy, shared with the trainer",
-        *([f"  own       {_why_own(llm, sleep_mode)}"] if llm.copies is not None else []),
-        "  adapter   merged into the engine's own weights before it samples"
-        if llm.merges
-        else f"  adapter   slot of rank {kwargs['max_lora_rank']}"
-        if llm.slot is not None
-        else "  adapter   none: the weights themselves are trained, the optimizer's update is the engine's",
-        f"  standby   {'on: the KV cache is released while training' if sleep_mode else 'off'}",
-    ]
-    return "\n".join(lines)
-
-
-def _why_own(llm: SharedLLM, sleep_mode: bool) -> str:
-    parameters = llm.shared.parameters.values()
-    if any(quant_state(p) is not None for p in parameters):
-        why = "unpacked from the trainer's 4-bit weights"
-    elif dtype_of(llm.shared.model) == torch.float32 and not current_platform.is_cpu():
-        why = (
-            "because float32 master weights cannot be sampled from on CUDA; dtype=bfloat16 (model_init_kwargs) would "
-            "share one copy"
-        )
-    else:
-        why = "for the adapter to be merged into"
-    until = "by standby" if sleep_mode else "while nothing is sampled"
-    return f"{memory.gib(llm.shared.own_bytes)}, {why}, released {until}"

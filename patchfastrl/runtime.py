@@ -355,7 +355,7 @@ def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
 def token_params(params_class: Any, **settings: Any) -> Any:
     """In place of `SamplingParams(...)` where TRL reads token ids and log-probabilities, and decodes by itself.
 
-    vLLM would make text of each token as it comes, twice: this costs a small model more than computing the token.
+    vLLM would make text of each token as it comes, and of its log-probability once more; a small model waits for that.
     """
     settings.setdefault("detokenize", bool(settings.get("stop")))  # strings that end a completion are looked for in it
     return params_class(**settings)

@@ -202,7 +202,7 @@ def test_a_weight_that_vllm_replaces_while_it_measures_is_noticed(monkeypatch: p
 COMPILED = """
 import sys
 sys.path.insert(0, {tests!r})
-from patchfastrl import PatchFastRL, runtime
+from patchfastrl import PatchFastRL
 PatchFastRL(rollouts="merged")
 import tiny
 from torch._dynamo.utils import counters
@@ -311,6 +311,17 @@ def test_a_batch_inside_a_batch_has_the_same_weights(standby: bool) -> None:
     beams = BeamSearchParams(beam_width=1, max_tokens=12, ignore_eos=True)
     found = llm.beam_search([{"prompt_token_ids": PROMPT}], beams)
     assert found[0].sequences[0].tokens[-12:] == tiny.greedy(model, PROMPT)
+
+
+def test_the_first_lines_say_when_the_copy_is_there() -> None:
+    from patchfastrl import start_block
+
+    llm = merged(tiny.adapted(tiny.model("qwen2")))
+    assert "to be merged into, released while nothing is sampled" in start_block.of(llm, sleep_mode=False)
+    assert "to be merged into, released by standby" in start_block.of(llm, sleep_mode=True)
+    llm.copies._scratch.take()
+    llm.copies.live_in(None)  # as with expandable segments on a GPU
+    assert "to be merged into, there for good" in start_block.of(llm, sleep_mode=False)
 
 
 def test_memory_that_cannot_be_taken_is_an_error_and_the_next_batch_may_have_it() -> None:
