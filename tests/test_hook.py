@@ -313,13 +313,15 @@ def run(code: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_the_call_is_quick() -> None:
+def test_the_call_is_quick(tmp_path: Path) -> None:
     code = (
         "import time; t = time.perf_counter(); import patchfastrl; a = time.perf_counter(); patchfastrl.PatchFastRL(); "
         "b = time.perf_counter(); print(a - t, b - a)"
     )
-    # The best of three: other processes share the machine.
-    times = [tuple(map(float, run(code).split())) for _ in range(3)]
+    # As in an installation that was used before, with byte code (which the first of these runs writes, whatever the
+    # environment says of it); the best of three, as other processes share the machine.
+    byte_code = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    times = [tuple(map(float, run(code, **byte_code).split())) for _ in range(3)]
     assert min(first for first, _ in times) < 0.1
     assert min(second for _, second in times) < 1.5
 
