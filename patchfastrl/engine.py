@@ -315,8 +315,9 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
         training.fuse(model)
     if llm.recompute is not None:
         llm.recompute.remove()
-    keeps = on_gpu and llm.can_sleep and wanted.recompute == "needed"
-    llm.recompute = Recompute(model, memory.Device(next(model.parameters()).device)) if keeps else None
+    least = wanted.recompute == "least"
+    keeps = on_gpu and (least or (llm.can_sleep and wanted.recompute == "needed"))
+    llm.recompute = Recompute(model, memory.Device(next(model.parameters()).device), least) if keeps else None
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ class Settings:
     max_model_length: int | None = None
     rollouts: Literal["merged", "adapter"] | None = None
     fused_training: bool | None = None
-    recompute: Literal["needed", "always"] = "needed"
+    recompute: Literal["least", "needed", "always"] = "needed"
 
 
 # One installation at a time, whoever calls. Re-entrant: importing the runtime may end up here again.
@@ -62,7 +62,7 @@ def PatchFastRL(
     max_model_length: int | None = None,
     rollouts: Literal["merged", "adapter"] | None = None,
     fused_training: bool | None = None,
-    recompute: Literal["needed", "always"] = "needed",
+    recompute: Literal["least", "needed", "always"] = "needed",
 ) -> None:
     """Let TRL's trainers sample from one engine that shares its weights with the model in training.
 
@@ -83,9 +83,10 @@ def PatchFastRL(
             None: merged on a GPU where the copy fits, else the adapter.
         fused_training: whether adapters (and, where `liger-kernel` is installed, norms and gated activations) are
             computed by fused operations in training: the same function, rounded in other places. None: on a GPU.
-        recompute: which layers gradient checkpointing recomputes, where the script turns it on. ``"needed"``: on a GPU
-            with standby, only those whose activations do not fit into the memory that the sleeping engine released; the
-            numbers are the same. ``"always"``: every layer, as without PatchFastRL.
+        recompute: which layers gradient checkpointing recomputes, where the script turns it on; the numbers are the
+            same. ``"needed"``: on a GPU with standby, only those whose activations do not fit into the memory that the
+            sleeping engine gave back. ``"least"``: on a GPU, with or without standby, only those that do not fit into
+            what is free on it, for a GPU that nobody else uses. ``"always"``: every layer, as without PatchFastRL.
         strict: False leaves stock TRL wholly in place, with one RuntimeWarning, when something cannot be patched.
 
     Raises:
@@ -96,8 +97,8 @@ def PatchFastRL(
     try:
         _check_arguments(algorithm, FastLanguageModel, use_vllm)
         _check_engine(gpu_memory_utilization, max_model_length, rollouts)
-        if recompute not in ("needed", "always"):
-            raise UnsupportedError(f"PatchFastRL(recompute={recompute!r}): expected 'needed' or 'always'.")
+        if recompute not in ("least", "needed", "always"):
+            raise UnsupportedError(f"PatchFastRL(recompute={recompute!r}): expected 'least', 'needed' or 'always'.")
         with _lock:
             wanted = Settings(
                 use_vllm, strict, gpu_memory_utilization, max_model_length, rollouts, fused_training, recompute

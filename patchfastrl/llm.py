@@ -128,7 +128,10 @@ class SharedLLM(LLM):
             with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
                 self._samples_in = threading.get_ident()
                 try:
-                    return call(*args, lora_request=lora_request, **kwargs)
+                    outputs = call(*args, lora_request=lora_request, **kwargs)
+                    if self.recompute is not None:
+                        self.recompute.sampled()
+                    return outputs
                 except BaseException:
                     self._failed = ", ".join(map(repr, failed))
                     self._abort_requests()
@@ -250,8 +253,6 @@ class SharedLLM(LLM):
         """Release the KV cache. Weights stay where they are at every level (level 0 only pauses, as in vLLM)."""
         if not self.llm_engine.model_executor.is_sleeping:
             with self._timed("sleep"), uninterrupted(), _nothing_to_collect():
-                if level and self.recompute is not None:
-                    self.recompute.engine_sleeps()
                 if level and self.copies is not None:
                     self.copies.release()
                 super().sleep(min(level, 1), *args, **kwargs)

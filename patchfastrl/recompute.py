@@ -1,8 +1,9 @@
-"""Gradient checkpointing only where memory needs it: layers keep activations in the memory that standby released.
+"""Gradient checkpointing only where memory needs it: layers keep activations in the memory that the engine gave back.
 
-While the model trains the engine sleeps, and what it gave back lies idle. As many of the last layers as fit there are
-called plainly; the others are recomputed, as transformers does with all of them. The numbers are the same bit by bit,
-and the device holds no more than when the engine was last awake.
+While the model trains, what the engine held for a batch lies idle: weights of its own, and with standby its KV cache.
+As many of the last layers as fit there are called plainly; the others are recomputed, as transformers does with all of
+them. The numbers are the same bit by bit, and the device holds no more than when a batch was last sampled. (With
+"least" it may hold all but a margin: what is free on the device counts, too.)
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
@@ -77,20 +78,23 @@ class Recompute:
 
     Args:
         model: as the trainer calls it.
+        least: as few as the whole device has memory for are recomputed.
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
-        limit: bytes that the device held when the engine was last awake; None before it ever slept.
+        limit: bytes that the device may hold, a margin included: what it held when a batch was last sampled, or with
+            `least` all that it has; None before the first batch.
     """
 
-    def __init__(self, model: nn.Module, device: memory.Device) -> None:
+    def __init__(self, model: nn.Module, device: memory.Device, least: bool = False) -> None:
         self.kept = 0
         self.limit: int | None = None
         self._device = device
+        self._least = least
         self._config = base_of(model).config.get_text_config()
         self._layers = _stack(base_of(model))
-        self._sleeps = 0
-        self._first: int | None = None  # which sleep the first training forward was in
+        self._batches = 0
+        self._first: int | None = None  # which batch the first training forward came after
         self._measured: dict[Size, _Measured] = {}
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # what a forward left for its backward, still to come
         self._stock: list[tuple[nn.Module, Any]] = []  # while in a forward: what is put back after it
@@ -105,10 +109,11 @@ class Recompute:
         for hook in self._hooks:
             hook.remove()
 
-    def engine_sleeps(self) -> None:
-        """The engine is about to release its memory."""
-        self.limit = self._device.read().held
-        self._sleeps += 1
+    def sampled(self) -> None:
+        """A batch was sampled; the engine still has its memory."""
+        now = self._device.read()
+        self.limit = now.total if self._least else now.held
+        self._batches += 1
 
     # A forward ------------------------------------------------------------------------------------------------------
 
@@ -124,10 +129,10 @@ class Recompute:
             return
         now = self._device.read()
         if self._first is None:
-            self._first = self._sleeps
+            self._first = self._batches
         larger = [s for s, m in self._measured.items() if _covers(s, size) and list(m.layers) == layers]
         # In the first batch the optimizer's state is still to come, which must not end up between activations.
-        if not larger or self._sleeps == self._first:
+        if not larger or self._batches == self._first:
             self._measure(layers, size, now)
         else:
             self._keep(layers, self._measured[min(larger)], now)
@@ -153,10 +158,11 @@ class Recompute:
             self._logged = self.kept
             logger.info(
                 "PatchFastRL: gradient checkpointing: %d of %d layers keep their activations (%s, of the memory that "
-                "standby released), %d are recomputed",
+                "%s), %d are recomputed",
                 self.kept,
                 len(layers),
                 memory.gib(expected),
+                "is free" if self._least else "the engine gave back",
                 first,
             )
         learn = partial(self._learn, found, now, expected)
