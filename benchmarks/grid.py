@@ -17,9 +17,9 @@ The engine is built for the largest of them, with the same settings on every sid
 process' first step is left out of the medians, and shown as "first step". Memory is the driver's count for the whole
 device (on a CPU: the resident set); the peak is the cell's own. The next process imports while one is measured.
 
-Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter the same with the adapter beside the
-weights instead of merged into a copy; unsloth is Unsloth with its standby, where it is installed (always from a
-checkpoint).
+Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter and least after
+PatchFastRL(rollouts="adapter") and PatchFastRL(recompute="least"); unsloth is Unsloth with its standby, where it is
+installed (always from a checkpoint).
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ import processes
 from measure import Clock, Memory, gaps, gib_of, kv_cache, said, say_times
 from shapes import SHAPES, four_bits, make_model, prompts, stock_on_cpu, tokenizer_of, versions
 
-SIDES = ("stock", "patched", "adapter", "unsloth")
+SETTINGS: dict[str, dict[str, Any]] = {  # of PatchFastRL
+    "patched": {},
+    "adapter": {"rollouts": "adapter"},
+    "least": {"recompute": "least"},
+}
+SIDES = ("stock", *SETTINGS, "unsloth")
 PROMPT = 64  # tokens
 READY = "the trainer is ready"  # what a process prints before its cells
 PHASES = (
@@ -52,6 +57,7 @@ PHASES = (
     ("standby", "    sleep + wake, ms"),
     ("logprobs", "    old log-probabilities, s"),
     ("micro", "  training micro-step, s"),
+    ("layers_kept", "  layers that are not recomputed"),
     ("first", "first step, s"),
     ("ready", "trainer ready, s"),
     ("weights_size", "one copy of the weights, GiB"),
@@ -224,7 +230,7 @@ def measure(job: dict[str, Any]) -> None:
     elif side != "stock":
         from patchfastrl import PatchFastRL
 
-        PatchFastRL(rollouts={"adapter": "adapter"}.get(side))
+        PatchFastRL(**SETTINGS[side])
     import peft  # noqa: F401
     import torch
     import trl.generation.vllm_generation
@@ -266,6 +272,8 @@ def measure(job: dict[str, Any]) -> None:
             else:
                 warm_up = 0 if number else 1  # step: afterwards everything is warm
                 result = {**common, **one_cell(trainer, clock, memory, job, tokens, completions, warm_up)}
+                if side in SETTINGS:
+                    result["layers_kept"] = llm.report()["layers_kept"]
             processes.report(job, {**cell, **result})
             if on_gpu:
                 torch.cuda.empty_cache()

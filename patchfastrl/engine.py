@@ -315,9 +315,10 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
         training.fuse(model)
     if llm.recompute is not None:
         llm.recompute.remove()
-    least = wanted.recompute == "least"
-    keeps = on_gpu and (least or (llm.can_sleep and wanted.recompute == "needed"))
-    llm.recompute = Recompute(model, memory.Device(next(model.parameters()).device), least) if keeps else None
+    llm.recompute = None
+    if on_gpu and wanted.recompute != "always":
+        device = memory.Device(next(model.parameters()).device)
+        llm.recompute = Recompute(model, device, least=wanted.recompute == "least")
 
 
 @contextlib.contextmanager

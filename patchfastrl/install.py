@@ -84,9 +84,10 @@ def PatchFastRL(
         fused_training: whether adapters (and, where `liger-kernel` is installed, norms and gated activations) are
             computed by fused operations in training: the same function, rounded in other places. None: on a GPU.
         recompute: which layers gradient checkpointing recomputes, where the script turns it on; the numbers are the
-            same. ``"needed"``: on a GPU with standby, only those whose activations do not fit into the memory that the
-            sleeping engine gave back. ``"least"``: on a GPU, with or without standby, only those that do not fit into
-            what is free on it, for a GPU that nobody else uses. ``"always"``: every layer, as without PatchFastRL.
+            same. ``"needed"``: on a GPU, only those whose activations do not fit into the memory that the engine gave
+            back after a batch (with standby its KV cache and its own weights, without these alone). ``"least"``: on a
+            GPU, only those that do not fit into what is free on it, for a GPU that nobody else uses. ``"always"``:
+            every layer, as without PatchFastRL.
         strict: False leaves stock TRL wholly in place, with one RuntimeWarning, when something cannot be patched.
 
     Raises:

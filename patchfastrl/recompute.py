@@ -1,9 +1,9 @@
 """Gradient checkpointing only where memory needs it: layers keep activations in the memory that the engine gave back.
 
-While the model trains the engine sleeps, and what it gave back lies idle. As many of the last layers as fit there are
-called plainly; the others are recomputed, as transformers does with all of them. The numbers are the same bit by bit,
-and the device holds no more than when a batch was last sampled. (With "least", with or without standby, it may hold all
-but a margin: what is free on the device counts, too.)
+While the model trains, what the engine held for a batch lies idle: with standby its KV cache and its own weights,
+without these alone. As many of the last layers as fit there are called plainly; the others are recomputed, as
+transformers does with all of them. The numbers are the same bit by bit, and the device holds no more than when a batch
+was last sampled. (With "least" it may hold all but a margin: what is free on the device counts, too.)
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
