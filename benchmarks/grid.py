@@ -17,8 +17,8 @@ The engine is built for the largest of them, with the same settings on every sid
 process' first step is left out of the medians, and shown as "first step". Memory is the driver's count for the whole
 device (on a CPU: the resident set); the peak is the cell's own. The next process imports while one is measured.
 
-Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter and least after
-PatchFastRL(rollouts="adapter") and PatchFastRL(recompute="least"); unsloth is Unsloth with its standby, where it is
+Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter and needed after
+PatchFastRL(rollouts="adapter") and PatchFastRL(recompute="needed"); unsloth is Unsloth with its standby, where it is
 installed (always from a checkpoint).
 """
 
@@ -44,7 +44,7 @@ from shapes import SHAPES, four_bits, make_model, prompts, stock_on_cpu, tokeniz
 SETTINGS: dict[str, dict[str, Any]] = {  # of PatchFastRL
     "patched": {},
     "adapter": {"rollouts": "adapter"},
-    "least": {"recompute": "least"},
+    "needed": {"recompute": "needed"},
 }
 SIDES = ("stock", *SETTINGS, "unsloth")
 PROMPT = 64  # tokens

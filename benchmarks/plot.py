@@ -18,7 +18,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"stock": "#888888", "patched": "#1f77b4", "adapter": "#9ecae1", "least": "#08519c", "unsloth": "#ff7f0e"}
+COLOURS = {"stock": "#888888", "patched": "#1f77b4", "adapter": "#9ecae1", "needed": "#08519c", "unsloth": "#ff7f0e"}
 PARTS = (
     ("generate", "llm.generate", 1.0),
     ("weights", "weights to the engine", 1e-3),

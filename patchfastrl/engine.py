@@ -318,7 +318,7 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     llm.recompute = None
     if on_gpu and wanted.recompute != "always":
         device = memory.Device(next(model.parameters()).device)
-        llm.recompute = Recompute(model, device, least=wanted.recompute == "least")
+        llm.recompute = Recompute(model, device, wanted.recompute == "least")
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ class Settings:
     max_model_length: int | None = None
     rollouts: Literal["merged", "adapter"] | None = None
     fused_training: bool | None = None
-    recompute: Literal["least", "needed", "always"] = "needed"
+    recompute: Literal["least", "needed", "always"] = "least"
 
 
 # One installation at a time, whoever calls. Re-entrant: importing the runtime may end up here again.
@@ -62,7 +62,7 @@ def PatchFastRL(
     max_model_length: int | None = None,
     rollouts: Literal["merged", "adapter"] | None = None,
     fused_training: bool | None = None,
-    recompute: Literal["least", "needed", "always"] = "needed",
+    recompute: Literal["least", "needed", "always"] = "least",
 ) -> None:
     """Let TRL's trainers sample from one engine that shares its weights with the model in training.
 
@@ -84,10 +84,10 @@ def PatchFastRL(
         fused_training: whether adapters (and, where `liger-kernel` is installed, norms and gated activations) are
             computed by fused operations in training: the same function, rounded in other places. None: on a GPU.
         recompute: which layers gradient checkpointing recomputes, where the script turns it on; the numbers are the
-            same. ``"needed"``: on a GPU, only those whose activations do not fit into the memory that the engine gave
-            back after a batch (with standby its KV cache and its own weights, without these alone). ``"least"``: on a
-            GPU, only those that do not fit into what is free on it, for a GPU that nobody else uses. ``"always"``:
-            every layer, as without PatchFastRL.
+            same. ``"least"``: on a GPU, only those whose activations do not fit into what is free on it. ``"needed"``:
+            for a GPU that others use as well, only those that do not fit into the memory that the engine gave back
+            after a batch (with standby its KV cache and its own weights, without these alone). ``"always"``: every
+            layer, as without PatchFastRL.
         strict: False leaves stock TRL wholly in place, with one RuntimeWarning, when something cannot be patched.
 
     Raises:

@@ -44,7 +44,7 @@ class Reading:
     """A device's memory at one moment, in bytes.
 
     Attributes:
-        total: all there is.
+        total: all that this process may make it hold.
         held: what is in use, by whomever, without what torch keeps at hand for its next allocations.
         allocated: by torch.
         peak: the largest `allocated` so far.
@@ -66,8 +66,11 @@ class Device:
         free, total = torch.cuda.mem_get_info(self._device)
         stats = torch.cuda.memory_stats(self._device)
         allocated = stats["allocated_bytes.all.current"]
-        cached = stats["reserved_bytes.all.current"] - allocated
-        return Reading(total, total - free - cached, allocated, stats["allocated_bytes.all.peak"])
+        held = total - free - (stats["reserved_bytes.all.current"] - allocated)
+        fraction = torch.cuda.get_per_process_memory_fraction(self._device)
+        if fraction < 1:  # the script's own bound
+            total = min(total, held - allocated + int(fraction * total))
+        return Reading(total, held, allocated, stats["allocated_bytes.all.peak"])
 
     def forget_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)

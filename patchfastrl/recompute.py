@@ -1,9 +1,9 @@
-"""Gradient checkpointing only where memory needs it: layers keep activations in the memory that the engine gave back.
+"""Gradient checkpointing only where memory needs it: layers keep activations in memory that is free anyway.
 
 While the model trains, what the engine held for a batch lies idle: with standby its KV cache and its own weights,
-without these alone. As many of the last layers as fit there are called plainly; the others are recomputed, as
-transformers does with all of them. The numbers are the same bit by bit, and the device holds no more than when a batch
-was last sampled. (With "least" it may hold all but a margin: what is free on the device counts, too.)
+without these alone. As many of the last layers as fit there, and into what else is free on the device, are called
+plainly; the others are recomputed, as transformers does with all of them. The numbers are the same bit by bit. (With
+"needed" the device holds no more than when a batch was last sampled; with "least" it may hold all but a margin.)
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
@@ -78,15 +78,14 @@ class Recompute:
 
     Args:
         model: as the trainer calls it.
-        least: as few as the whole device has memory for are recomputed.
+        least: the device may hold all that it has, not just what it held when a batch was last sampled.
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
-        limit: bytes that the device may hold, a margin included: what it held when a batch was last sampled, or with
-            `least` all that it has; None before the first batch.
+        limit: bytes that the device held when a batch was last sampled; None before the first.
     """
 
-    def __init__(self, model: nn.Module, device: memory.Device, least: bool = False) -> None:
+    def __init__(self, model: nn.Module, device: memory.Device, least: bool) -> None:
         self.kept = 0
         self.limit: int | None = None
         self._device = device
@@ -111,8 +110,7 @@ class Recompute:
 
     def sampled(self) -> None:
         """A batch was sampled; the engine still has its memory."""
-        now = self._device.read()
-        self.limit = now.total if self._least else now.held
+        self.limit = self._device.read().held
         self._batches += 1
 
     # A forward ------------------------------------------------------------------------------------------------------
@@ -151,7 +149,8 @@ class Recompute:
     def _keep(self, layers: list[Any], found: _Measured, now: memory.Reading) -> None:
         assert self.limit is not None
         sizes = [found.layers[layer] for layer in layers]
-        self.kept = layers_kept(self.limit - now.total // _MARGIN, now.held, found.rest, sizes)
+        limit = now.total if self._least else self.limit
+        self.kept = layers_kept(limit - now.total // _MARGIN, now.held, found.rest, sizes)
         first = len(layers) - self.kept
         expected = sum(sizes[first:])
         if self._logged is None or self.kept < self._logged:

@@ -1,4 +1,4 @@
-"""Layers that keep their activations: the same numbers, and never more memory than the engine has given back."""
+"""Layers that keep their activations: the same numbers, and never more memory than may be held."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from patchfastrl import PatchFastRL, memory, recompute
+from patchfastrl import PatchFastRL, engine, memory, recompute
 from patchfastrl.errors import UnsupportedError
 from patchfastrl.recompute import Recompute, layers_kept
 
@@ -71,7 +71,7 @@ class Script:
         self.model.train()
         self.stock = [layer._gradient_checkpointing_func for layer in self.layers]
         self.tensors = Tensors()
-        self.recompute = Recompute(self.model, device or self.tensors)
+        self.recompute = Recompute(self.model, device or self.tensors, least=False)
         self.calls: list[int] = []
         for number, layer in enumerate(self.layers):
             layer.mlp.register_forward_pre_hook(lambda *_, number=number: self.calls.append(number))
@@ -216,7 +216,6 @@ def test_least_counts_what_is_free_on_the_device(kept: int) -> None:
     script.model.zero_grad()
     script.tensors.total = -(-20 * (script.tensors.bytes() + 1024 + found.rest + kept * layers[0]) // 19)
     script.recompute.sampled()
-    assert script.recompute.limit == script.tensors.total
     script.tensors.forget_peak()
     script.step()
     assert script.recompute.kept == kept
@@ -228,7 +227,10 @@ def test_what_is_read_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"allocated_bytes.all.current": 40, "reserved_bytes.all.current": 55, "allocated_bytes.all.peak": 50}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    assert memory.Device(torch.device("cuda:0")).read() == memory.Reading(total=100, held=55, allocated=40, peak=50)
+    device = memory.Device(torch.device("cuda:0"))
+    for fraction, total in ((1.0, 100), (0.9, 100), (0.7, 85)):  # others hold 15
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, fraction=fraction: fraction)
+        assert device.read() == memory.Reading(total=total, held=55, allocated=40, peak=50)
 
 
 def test_a_larger_micro_batch_is_measured_first() -> None:
@@ -389,7 +391,7 @@ def test_a_layer_that_is_called_twice_keeps_once() -> None:
     script = Script(lora=False)
     script.model.model.layers = torch.nn.ModuleList([*script.layers[:3], script.layers[2]])
     script.recompute.remove()
-    script.recompute = Recompute(script.model, script.tensors)  # type: ignore[arg-type]
+    script.recompute = Recompute(script.model, script.tensors, least=False)  # type: ignore[arg-type]
     script.sleep()
     expected = script.step()
     script.sleep()
@@ -522,7 +524,7 @@ def run(folder: Path, kept: int | None, monkeypatch: pytest.MonkeyPatch, **setti
     hooks = dict(trainer.model._forward_pre_hooks)
     if kept is not None:
         monkeypatch.setattr(recompute, "layers_kept", lambda *_: kept)
-        llm.recompute = Recompute(trainer.model, Seen())  # type: ignore[arg-type]
+        llm.recompute = Recompute(trainer.model, Seen(), least=True)  # type: ignore[arg-type]
     found["calls"] = 0
     trainer.train()
     found["parameters"] = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
@@ -565,6 +567,20 @@ def test_a_training_is_the_same_bit_by_bit(
         ):
             assert len(one) == len(other) > 0
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("standby", [True, False])
+@pytest.mark.parametrize(("wanted", "least"), [("least", True), ("needed", False), ("always", None), (None, True)])
+def test_what_an_engine_on_a_gpu_does(wanted: Any, least: bool | None, standby: bool, tmp_path: Path) -> None:
+    PatchFastRL(**({} if wanted is None else {"recompute": wanted}))
+    trainer = tiny.trainer(tmp_path, args={"vllm_enable_sleep_mode": standby})
+    llm = trainer.vllm_generation.llm
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine.current_platform, "is_cpu", lambda: False)
+        engine._prepare_training(llm, trainer.model)
+    assert (None if llm.recompute is None else llm.recompute._least) is least
+    llm.close("the test is over.")
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
