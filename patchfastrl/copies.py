@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +76,7 @@ class Copies:
 
     def live_in(self, scratch: Scratch | None) -> None:
         """Their memory is this one, there while a batch runs and no longer. None: it stays, or standby sees to it."""
-        self._scratch, self._held = scratch, None
+        self._scratch = scratch
         self._give_back()
 
     @property
@@ -94,10 +94,7 @@ class Copies:
             with uninterrupted():
                 self._scratch.take()
                 if self._held is not None and adapters.publishing():
-                    sources = self._copied()
-                    self._fill(sources, self._adapters() if self._held.scalings else {})
-                    if self._held.base is None:
-                        self._held = replace(self._held, base=_digests_of(sources))
+                    self._fill(self._copied(), self._adapters() if self._held.scalings else {})
             yield
         finally:
             self._give_back()
@@ -131,7 +128,7 @@ class Copies:
             Whether they were others before.
         """
         wanted, sources, merged = self._now(adapter)
-        if self._holds(wanted, sources):
+        if self._held is not None and self._held.same_as(wanted):
             return False
         self._held = None  # interrupted half-way, they are nobody's weights
         self.version += 1
@@ -164,8 +161,8 @@ class Copies:
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
-        now, sources, _ = self._now(adapter)
-        if not self._holds(now, sources):
+        now, _, _ = self._now(adapter)
+        if self._held is None or not self._held.same_as(now):
             raise SharingError(
                 "The model was trained (or written to) since the engine's copy of its weights was refreshed, or the "
                 "copy was released. Publish first (trainer: sync_weights(); model: fast_generate does it)."
@@ -191,25 +188,14 @@ class Copies:
         return self._sources
 
     def _now(self, adapter: bool) -> tuple[_Values, list[Source], dict[str, adapters.Adapter]]:
-        """The trainer's values, what is copied, and the adapter's modules by the name of the weight they change.
-
-        Without memory the base's are left out: what it is filled with is read then.
-        """
+        """The trainer's values, what is copied, and the adapter's modules by the name of the weight they change."""
         known = self._sources
-        # A GPU goes over the weights while it is found out whether they are still the ones.
-        base = _digests_of(known) if self.resident else None
-        if (sources := self._copied()) is not known and self.resident:
+        base = _digests_of(known)  # a GPU goes over the weights while it is found out whether they are still the ones
+        if (sources := self._copied()) is not known:
             base = _digests_of(sources)
         merged = self._adapters() if adapter else {}
         low_rank = digests(tensor for a in merged.values() for tensor in (a.a, a.b))
         return _Values(base, low_rank, tuple((name, a.scaling) for name, a in merged.items())), sources, merged
-
-    def _holds(self, now: _Values, sources: list[Source]) -> bool:
-        """Whether what was published is made of these values."""
-        held = self._held
-        if held is None or held.scalings != now.scalings or not torch.equal(held.low_rank, now.low_rank):
-            return False
-        return held.base is None or torch.equal(held.base, _digests_of(sources) if now.base is None else now.base)
 
     def _adapters(self) -> dict[str, adapters.Adapter]:
         """The active adapter's modules, by name."""
@@ -232,12 +218,15 @@ def _digests_of(sources: list[Source]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Values:
-    """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers.
+    """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
 
-    Attributes:
-        base: None where they are not known yet, as without memory: the base as it is when a batch begins.
-    """
-
-    base: torch.Tensor | None
+    base: torch.Tensor
     low_rank: torch.Tensor
     scalings: tuple[tuple[str, float], ...]
+
+    def same_as(self, other: _Values) -> bool:
+        return (
+            self.scalings == other.scalings
+            and torch.equal(self.low_rank, other.low_rank)
+            and torch.equal(self.base, other.base)
+        )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from patchfastrl import FastLanguageModel, PatchFastRL, copies, engine_report, runtime
+from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, runtime
 from patchfastrl.checksum import checksum
 from patchfastrl.errors import AdapterError, SharingError, StandbyError, UnsupportedError
 from patchfastrl.sharing import base_parameters
@@ -311,34 +311,6 @@ def test_a_batch_inside_a_batch_has_the_same_weights(standby: bool) -> None:
     beams = BeamSearchParams(beam_width=1, max_tokens=12, ignore_eos=True)
     found = llm.beam_search([{"prompt_token_ids": PROMPT}], beams)
     assert found[0].sequences[0].tokens[-12:] == tiny.greedy(model, PROMPT)
-
-
-def test_without_standby_the_base_is_read_when_a_batch_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for what is filled in, and not when an adapter is published. What is written in between counts."""
-    model = tiny.adapted(tiny.model("qwen2"))
-    llm = merged(model)
-    before, passes = copies._digests_of, []
-    monkeypatch.setattr(copies, "_digests_of", lambda sources: passes.append(sources) or before(sources))
-    for seed in (5, 6):
-        tiny.scramble(model, seed=seed)
-        passes.clear()
-        assert llm.publish()
-        assert not passes
-        assert not llm.publish()
-        assert_alike(llm, model)
-        assert len(passes) == 1
-        passes.clear()
-        assert_alike(llm, model)
-        assert len(passes) == 1
-        assert not llm.publish()
-    write = base_parameters(model)["model.layers.0.mlp.down_proj.weight"].data
-    write.mul_(3)
-    with pytest.raises(SharingError, match="Publish first"):
-        tiny.engine_logprobs(llm, PROMPT)
-    assert llm.publish()
-    write.mul_(-1)  # the adapter is as it was; the batch is sampled from what the trainer has
-    assert_alike(llm, model)
-    assert not llm.publish()
 
 
 def test_the_first_lines_say_when_the_copy_is_there() -> None:
