@@ -60,7 +60,8 @@ class SharedLLM(LLM):
         self._failed = ""
         self._samples_in: int | None = None  # the thread in which a batch runs
         self._standby: cpu_standby.Storages | None = None
-        self._prefixes_of: Any = None
+        self._weights: Any = None  # those of the latest batch
+        self._prefixes_of: Any = None  # those that vLLM's prefix cache was filled with; None: others than now
         super().__init__(**kwargs)
 
     # A model that carries its engine as an attribute copies and pickles without it.
@@ -126,6 +127,9 @@ class SharedLLM(LLM):
         try:
             in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory()
             with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
+                if self._prefixes_of != self._weights:
+                    self.drop_prefixes()  # while a GPU merges
+                    self._prefixes_of = self._weights
                 self._samples_in = threading.get_ident()
                 try:
                     outputs = call(*args, lora_request=lora_request, **kwargs)
@@ -195,7 +199,7 @@ class SharedLLM(LLM):
         return self.copies is not None and self.copies.merges
 
     def _check_weights(self, adapter: bool, published: bool) -> None:
-        """The trainer's weights are the engine's; prefixes computed with other weights cannot be hit.
+        """The trainer's weights are the engine's.
 
         Args:
             adapter: whether the adapter in training is to be in the engine's own weights.
@@ -204,11 +208,8 @@ class SharedLLM(LLM):
         self.shared.check()
         if self.copies is not None and not published and adapters.publishing():
             self.copies.check(adapter)
-        checksum = self.shared.checksum()
         releases = None if self._standby is None else self._standby.releases  # also by a worker's own `sleep`
-        if (checksum, releases) != self._prefixes_of:
-            self.drop_prefixes()
-            self._prefixes_of = (checksum, releases)
+        self._weights = (self.shared.checksum(), releases)
 
     def drop_prefixes(self) -> None:
         if not prefix_cache.reset(self):
@@ -226,8 +227,8 @@ class SharedLLM(LLM):
             changed = self._refresh()
             if self.slot is not None and not self.merges and adapters.active_adapter(self.shared.model) is not None:
                 published = self.slot.publish()
-                if published and self.awake:
-                    self.drop_prefixes()
+                if published:
+                    self._prefixes_of = None
                 changed |= published
             self.publishes += changed
         return changed
@@ -238,7 +239,7 @@ class SharedLLM(LLM):
             return False
         changed = self.copies.refresh(adapter)
         if changed:
-            self.drop_prefixes()
+            self._prefixes_of = None
         return changed
 
     # Standby --------------------------------------------------------------------------------------------------------

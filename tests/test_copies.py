@@ -313,6 +313,28 @@ def test_a_batch_inside_a_batch_has_the_same_weights(standby: bool) -> None:
     assert found[0].sequences[0].tokens[-12:] == tiny.greedy(model, PROMPT)
 
 
+@pytest.mark.parametrize("rollouts", ["merged", "adapter"])
+def test_prefixes_of_an_older_adapter_go_when_the_next_batch_begins(
+    rollouts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the adapter is published: vLLM goes through all its blocks for it, and a GPU can merge meanwhile."""
+    PatchFastRL(rollouts=rollouts)
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = tiny.engine(model)
+    long = tiny.ids(llm.llm_engine.vllm_config.cache_config.block_size + 9)
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    reset, emptied = pool.reset_prefix_cache, []
+    monkeypatch.setattr(pool, "reset_prefix_cache", lambda *args: emptied.append(1) or reset(*args))
+    for seed in (5, 6):
+        tiny.scramble(model, seed=seed)
+        assert llm.publish()
+        assert not emptied
+        assert tiny.cached_tokens(llm, long) == 0 < tiny.cached_tokens(llm, long)
+        assert len(emptied) == (seed == 6)
+        assert (tiny.engine_logprobs(llm, long) - tiny.logprobs(model, long)).abs().max() < 1e-4
+        emptied.clear()
+
+
 def test_the_first_lines_say_when_the_copy_is_there() -> None:
     from patchfastrl import start_block
 
