@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import logging
 import os
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +45,6 @@ from .compat import (
     cpu_rms_norm,
     cpu_standby,
     cuda_weight_pool,
-    dense_layers,
     expert_slots,
     import_errors,
     inspected_here,
@@ -56,6 +52,7 @@ from .compat import (
     process_groups,
     sampler_warmup,
 )
+from .config_folder import ConfigFolder
 from .copies import Copies, Scratch
 from .errors import UnsupportedError
 from .llm import SharedLLM, live
@@ -110,21 +107,6 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
             )
     if (name := adapters.active_adapter(model)) is not None:
         adapters.adapters_of(model, name)
-
-
-def _write_config(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """The live model's configuration and tokenizer for vLLM to read. No weights."""
-    base = base_of(model)
-    if not getattr(base.config, "architectures", None):
-        base.config.architectures = [type(base).__name__]
-    config = copy.deepcopy(base.config)
-    config.__dict__.pop("quantization_config", None)  # the engine's own weights are unpacked
-    dense_layers.name(config)
-    config.save_pretrained(folder)
-    if getattr(base, "generation_config", None) is not None:
-        base.generation_config.to_json_file(folder / "generation_config.json")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 # Building -----------------------------------------------------------------------------------------------------------
@@ -214,8 +196,8 @@ def build(
         kwargs.setdefault("kv_cache_memory_bytes", memory.kv_cache_bytes(base_of(model).config, dtype, kwargs))
     else:
         kwargs["enable_sleep_mode"] = sleep_mode
-    folder = tempfile.TemporaryDirectory(prefix="patchfastrl-engine-", ignore_cleanup_errors=True)
-    _write_config(model, tokenizer, Path(folder.name))
+    compiled = not kwargs.get("enforce_eager")
+    folder = ConfigFolder(model, tokenizer, compiled, (dtype, cast, merging, sorted(copied)))
     made: dict[str, Any] = {}
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
@@ -254,7 +236,7 @@ def build(
             stack.enter_context(cuda_weight_pool.weights_outside())
         stack.enter_context(expert_slots.left_out())
         llm = SharedLLM(
-            model=folder.name,
+            model=str(folder.path),
             load_format=LOAD_FORMAT,
             dtype=str(dtype).removeprefix("torch."),
             skip_tokenizer_init=tokenizer is None,
@@ -364,7 +346,7 @@ def _loader(on_load: Any) -> Iterator[None]:
 
 
 def _discard(
-    engine: Any, keys: list[int], standby: cpu_standby.Storages | None, scratch: Scratch | None, folder: Any
+    engine: Any, keys: list[int], standby: cpu_standby.Storages | None, scratch: Scratch | None, folder: ConfigFolder
 ) -> None:
     """The end of an engine: by `close`, by garbage collection, or at exit."""
     guards.release(keys)

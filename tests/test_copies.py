@@ -205,11 +205,23 @@ sys.path.insert(0, {tests!r})
 from patchfastrl import PatchFastRL
 PatchFastRL(rollouts="merged")
 import tiny
-from torch._dynamo.utils import counters
+from vllm.compilation.counter import compilation_counter
+from vllm.config import CompilationMode
+from vllm.platforms.cpu import CpuPlatform
 
+choose = CpuPlatform.check_and_update_config
+
+def as_on_a_gpu(vllm_config):
+    choose(vllm_config)
+    vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    vllm_config.compilation_config.compile_sizes = []
+
+CpuPlatform.check_and_update_config = staticmethod(as_on_a_gpu)
 model = tiny.adapted(tiny.model("qwen2"))
 llm = tiny.engine(model, enforce_eager=False)
-assert counters["frames"]["ok"], counters
+loaded = {loaded}
+assert compilation_counter.num_aot_artifacts_loaded == loaded, compilation_counter
+assert bool(compilation_counter.num_inductor_compiles) != loaded, compilation_counter
 prompt = tiny.ids(16)
 for seed in (2, 3):
     tiny.scramble(model, seed=seed)
@@ -222,12 +234,13 @@ print("FOLLOWED")
 
 @pytest.mark.timeout(240)
 def test_a_compiled_engine_follows(tmp_path: Path) -> None:
-    """It is compiled while vLLM measures the memory, before there is memory for the copy."""
+    """Compiled while vLLM measures, before there is memory for the copy. The next process finds the graphs."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "VLLM_CACHE_ROOT": str(tmp_path)}
     del environment["TORCHDYNAMO_DISABLE"]
-    code = COMPILED.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert "FOLLOWED" in done.stdout, done.stderr[-2000:]
+    for loaded in (False, True):
+        code = COMPILED.format(tests=str(Path(__file__).parent), loaded=loaded)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert "FOLLOWED" in done.stdout, done.stderr[-2000:]
 
 
 def test_standby_releases_the_copy_and_waking_makes_it_anew_before_the_kv_cache_is_there() -> None:
