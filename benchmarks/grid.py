@@ -6,6 +6,7 @@
     python benchmarks/grid.py --model 8b --parallel 2                     # each side on a GPU of its own
     python benchmarks/grid.py --model 8b --no-standby                     # TRL's default: the engine never sleeps
     python benchmarks/grid.py --model 8b --checkpoint --steps 2 --verbose # what the time until the trainer is ready is
+    python benchmarks/grid.py --model 8b --warm                           # the time until it is ready in a second run
     python benchmarks/grid.py --model tiny --tokens 16 --completions 8 --steps 3   # on a CPU, in a minute or two
 
 Weights are random and made on the device, so no checkpoint is needed (--checkpoint writes one, and every side reads it
@@ -14,8 +15,10 @@ as a script would: by its name); random models never stop, so every completion h
 All cells of a model, method and side are measured in one process, small ones first: building an engine takes a minute.
 The engine is built for the largest of them, with the same settings on every side, and each cell is another
 `trainer.train()` with that cell's lengths and batch sizes: what TRL reads when it trains, not when it is built. The
-process' first step is left out of the medians, and shown as "first step". Memory is the driver's count for the whole
-device (on a CPU: the resident set); the peak is the cell's own. The next process imports while one is measured.
+process' first step is left out of the medians, and shown as "first step". Nothing is in vLLM's cache at first, such as
+graphs that were compiled before; with --warm it is what a process left there that built the same trainer. Memory is the
+driver's count for the whole device (on a CPU: the resident set); the peak is the cell's own. The next process imports
+while one is measured.
 
 Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter and needed after
 PatchFastRL(rollouts="adapter") and PatchFastRL(recompute="needed"); unsloth is Unsloth with its standby, where it is
@@ -86,11 +89,15 @@ def main() -> None:
                         help="of each process: cells not begun by then are left out, and said so")  # fmt: skip
     parser.add_argument("--no-standby", action="store_true", help="the engine never sleeps, on no side")
     parser.add_argument("--checkpoint", action="store_true", help="the model given by the name of a saved checkpoint")
+    parser.add_argument("--warm", action="store_true", help="each side's second run, with --checkpoint")
     parser.add_argument("--verbose", action="store_true", help="what building takes, and what lies in memory then")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one training step of each cell")
     parser.add_argument("--json", type=Path, help="write all figures here, after each cell")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.warm and options.parallel > 1:
+        parser.error("--warm: the second run comes after the first, so --parallel must be 1")
+    options.checkpoint |= options.warm
     if options.child:
         job = json.loads(options.child)
         with processes.reported(job):
@@ -128,7 +135,7 @@ class Grid:
                         job["checkpoint"] = str(Path(self._folder, model))
                         made = {"side": "checkpoint", "model": model, "checkpoint": job["checkpoint"]}
                         written += [made] if made not in written else []
-                    jobs.append(job)
+                    jobs += [{**job, "only_build": True}, job] if options.warm else [job]
         # The checkpoints first, and alone.
         processes.run(__file__, written, self._on_result, self._on_end, limit=options.limit)
         processes.run(
@@ -136,7 +143,7 @@ class Grid:
         )  # fmt: skip
 
     def _on_result(self, job: dict[str, Any], result: dict[str, Any]) -> None:
-        if job["side"] == "checkpoint":
+        if job["side"] == "checkpoint" or job.get("only_build"):
             return
         done = [r for r in self._results if all(r[k] == job[k] for k in ("model", "method", "side"))]
         if "tokens" not in result:  # an error, of the cell that was next
@@ -149,7 +156,8 @@ class Grid:
 
     def _add(self, job: dict[str, Any], result: dict[str, Any]) -> None:
         settings = {k: job[k] for k in ("model", "method", "side", "share", "rank", "no_standby")}
-        self._results.append({**settings, "from_checkpoint": job["checkpoint"] is not None, **result})
+        how = {"from_checkpoint": job["checkpoint"] is not None, "warm": self._options.warm}
+        self._results.append({**settings, **how, **result})
         if self._options.json:
             self._options.json.write_text(json.dumps(self._results, indent=1))
         shown = result.get("error") or f"{result['step']:.3g} s a step"
@@ -168,6 +176,9 @@ class Grid:
             print("\n".join("  " + line for line in processes.seconds_said(while_building)), flush=True)
         if problem is not None:
             processes.show_failure(child)
+        if job.get("only_build"):
+            return
+        if problem is not None:
             if job["side"] == "checkpoint":
                 raise SystemExit(f"the checkpoint could not be written: {problem}")
             self._on_result_missing(job, problem)
@@ -192,6 +203,8 @@ class Grid:
                 title += ", without standby"
             if self._options.checkpoint:
                 title += ", from a checkpoint"
+            if self._options.warm:
+                title += ", second run"
             if self._options.parallel > 1:
                 title += f" ({self._options.parallel} processes at the same time, each with a GPU of its own)"
             print_table(title, found)
@@ -258,6 +271,8 @@ def measure(job: dict[str, Any]) -> None:
             for line in gaps() if on_gpu else ():
                 print(f"\nSHOW {line}", flush=True)
         print(f"\n{READY}", flush=True)
+        if job.get("only_build"):
+            return
         common = {"ready": ready, "memory_ready": memory.marks["ready"], "details": memory.details,
                   "weights_size": gib_of(p for name, p in trainer.model.named_parameters() if "lora_" not in name),
                   "kv_cache": cache, "memory_loading": memory.details.get("loaded", {}).get("peak"),

@@ -26,9 +26,10 @@ class Child:
 
     Args:
         device: which of the visible GPUs it may see; None: all.
+        cache: vLLM's.
     """
 
-    def __init__(self, script: str, job: dict[str, Any], device: int | None) -> None:
+    def __init__(self, script: str, job: dict[str, Any], device: int | None, cache: str) -> None:
         self.job = job
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         self._results, self._log = Path(self._folder.name, "results"), Path(self._folder.name, "log")
@@ -41,7 +42,7 @@ class Child:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, script, "--child", json.dumps(given)],
-                env=_environment(job, device),
+                env=_environment(job, device, cache),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -94,10 +95,10 @@ class Child:
         return None if code == 0 else f"the process ended with status {code}"
 
 
-def _environment(job: dict[str, Any], device: int | None) -> dict[str, str]:
+def _environment(job: dict[str, Any], device: int | None, cache: str) -> dict[str, str]:
     # vLLM's cache of compiled graphs is keyed by its configuration, not by what is patched: one cache for each side.
-    cache = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache" / "vllm"), job["side"])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "VLLM_CACHE_ROOT": str(cache)}
+    env = {**os.environ, "VLLM_CACHE_ROOT": str(Path(cache, job["side"]))}
+    env |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     env.setdefault("VLLM_LOGGING_LEVEL", "INFO" if job.get("verbose") else "ERROR")
     if device is not None:
         env["MASTER_PORT"] = str(29500 + device)  # TRL would choose the same free one in both
@@ -117,6 +118,8 @@ def run(
 ) -> None:
     """Run the jobs in their order. A job that says `ahead` is imported while the one before it is measured.
 
+    vLLM finds an empty cache, which the jobs of one side share.
+
     Args:
         on_result: called with the job and each of its results, as they come.
         on_end: called when a job's process is over.
@@ -126,9 +129,10 @@ def run(
     waiting: list[dict[str, Any]] = list(jobs)
     running: dict[int, Child] = {}
     ahead: dict[int, Child] = {}
+    cache = tempfile.TemporaryDirectory(prefix="cache-", ignore_cleanup_errors=True)
 
     def start(device: int) -> Child:
-        return Child(script, waiting.pop(0), device if at_once > 1 else None)
+        return Child(script, waiting.pop(0), device if at_once > 1 else None, cache.name)
 
     try:
         while waiting or running or ahead:
@@ -152,6 +156,7 @@ def run(
     finally:
         for child in [*running.values(), *ahead.values()]:
             child.kill()
+        cache.cleanup()
 
 
 def my_turn(job: dict[str, Any]) -> None:

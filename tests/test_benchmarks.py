@@ -59,6 +59,18 @@ def test_sides_at_the_same_time_from_a_checkpoint_and_one_that_cannot_run(tmp_pa
     assert "2 processes at the same time" in said
 
 
+def test_a_second_run_is_measured_and_its_first_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    said = script("grid.py", "--model", "tiny", "--side", "patched", "--tokens", 8, "--completions", 8, "--steps", 2,
+                  "--warm", "--verbose", "--json", file)  # fmt: skip
+    (result,) = json.loads(file.read_text())
+    assert result["warm"]
+    assert result["from_checkpoint"]
+    assert result["steps_measured"] == 2
+    assert "8 x 8 tokens, from a checkpoint, second run" in said
+    assert said.count("what took how long") == 2
+
+
 def test_a_time_limit_is_kept_and_said(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     script("grid.py", "--model", "tiny", "--side", "patched", "--tokens", 8, "--completions", 8, "--completions", 16,
