@@ -38,7 +38,8 @@ class ConfigFolder:
 
     def __init__(self, model: nn.Module, tokenizer: Any, compiled: bool, settings: Any) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="patchfastrl-engine-", ignore_cleanup_errors=True)
-        self.path = Path(self._temporary.name)
+        self.path = Path(self._temporary.name, "model")  # unlike the temporary one, others may read it
+        self.path.mkdir()
         _write(model, tokenizer, self.path)
         if compiled:
             weights = [(n, p.dtype, tuple(p.shape), p.stride()) for n, p in base_parameters(model).items()]

@@ -44,6 +44,7 @@ def test_the_same_model_finds_its_folder_again(cache: Path) -> None:
     assert path_of(tiny.adapted(tiny.model()), tiny.tokenizer()) == first
     assert (first / "config.json").stat().st_mtime_ns == written
     assert [path.name for path in cache.iterdir()] == [first.name]
+    assert first.stat().st_mode == cache.stat().st_mode  # as the user's mask has it
 
 
 def test_whatever_makes_another_graph_makes_another_folder() -> None:
