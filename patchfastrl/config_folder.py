@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,19 @@ class ConfigFolder:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, compiled: bool, settings: Any) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="patchfastrl-engine-", ignore_cleanup_errors=True)
+        cache = Path(envs.VLLM_CACHE_ROOT, "patchfastrl")
+        if compiled:
+            cache.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(
+            prefix="patchfastrl-engine-", dir=cache if compiled else None, ignore_cleanup_errors=True
+        )
         self.path = Path(self._temporary.name, "model")  # unlike the temporary one, others may read it
         self.path.mkdir()
         _write(model, tokenizer, self.path)
         if compiled:
             weights = [(n, p.dtype, tuple(p.shape), p.stride()) for n, p in base_parameters(model).items()]
-            self.path = _kept(self.path, repr((__version__, settings, weights)))
+            with self._temporary:
+                self.path = _moved(self.path, cache / _digest(self.path, repr((__version__, settings, weights))))
 
     def cleanup(self) -> None:
         self._temporary.cleanup()
@@ -63,21 +68,19 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _kept(folder: Path, settings: str) -> Path:
-    """A copy in vLLM's cache, whole or not there at all."""
+def _digest(folder: Path, settings: str) -> str:
     digest = hashlib.sha256(settings.encode())
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
-    kept = Path(envs.VLLM_CACHE_ROOT, "patchfastrl", digest.hexdigest()[:32])
-    if kept.exists():
-        return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as beside:
-        made = shutil.copytree(folder, Path(beside, "made"))
-        try:
-            os.rename(made, kept)
-        except OSError:
-            if not kept.exists():  # another process was first
-                raise
-    return kept
+    return digest.hexdigest()[:32]
+
+
+def _moved(folder: Path, named: Path) -> Path:
+    """Whole or not there at all. One that is there already has the same contents."""
+    try:
+        os.rename(folder, named)
+    except OSError:
+        if not named.exists():
+            raise
+    return named

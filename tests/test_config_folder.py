@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,28 +76,24 @@ def test_another_version_makes_another_folder(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_of_two_processes_either_may_be_first(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    copy = shutil.copytree
-
-    def and_another_is_first(source: Any, target: Any) -> Any:
-        made = copy(source, target)
-        for name in names:
-            copy(source, cache / name)
-        return made
-
-    names: list[str] = []
+    rename = os.rename
     expected = path_of(tiny.model())
     shutil.rmtree(expected)
-    names.append(expected.name)
-    monkeypatch.setattr(shutil, "copytree", and_another_is_first)
+
+    def after_another(source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", after_another)
     assert path_of(tiny.model()) == expected
-    assert [path.name for path in cache.iterdir()] == names
+    assert list(cache.iterdir()) == [expected]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def fail(*args: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(config_folder.os, "rename", fail)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OSError, match="no space left"):
         path_of(tiny.model())
     assert not list(cache.iterdir())

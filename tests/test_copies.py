@@ -239,7 +239,8 @@ def test_a_compiled_engine_follows(tmp_path: Path) -> None:
     del environment["TORCHDYNAMO_DISABLE"]
     for loaded in (False, True):
         code = COMPILED.format(tests=str(Path(__file__).parent), loaded=loaded)
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert "FOLLOWED" in done.stdout, done.stderr[-2000:]
 
 
