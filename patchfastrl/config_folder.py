@@ -36,7 +36,7 @@ class ConfigFolder:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, compiled: bool, settings: Any) -> None:
-        cache = Path(envs.VLLM_CACHE_ROOT, "patchfastrl")
+        cache = Path(envs.VLLM_CACHE_ROOT, "patchfastrl-engines")  # no name that Python could import
         if compiled:
             cache.mkdir(parents=True, exist_ok=True)
         self._temporary = tempfile.TemporaryDirectory(

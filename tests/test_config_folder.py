@@ -19,7 +19,7 @@ from patchfastrl.config_folder import ConfigFolder
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    return tmp_path / "patchfastrl"
+    return tmp_path / "patchfastrl-engines"
 
 
 def path_of(model: Any, tokenizer: Any = None, settings: Any = ("bfloat16", True)) -> Path:
