@@ -61,6 +61,7 @@ PHASES = (
     ("logprobs", "    old log-probabilities, s"),
     ("micro", "  training micro-step, s"),
     ("layers_kept", "  layers that are not recomputed"),
+    ("retried", "  allocations retried, in all steps"),
     ("first", "first step, s"),
     ("ready", "trainer ready, s"),
     ("weights_size", "one copy of the weights, GiB"),
@@ -450,7 +451,7 @@ def one_cell(
     clock.start_over()
     if job["profile"]:
         clock.profile_step = steps - 1
-    begin = time.perf_counter() - memory.begin
+    begin, retried = time.perf_counter() - memory.begin, memory.retried()
     trainer.train()
     memory.mark("end")
     if len(clock.steps) <= warm_up:
@@ -470,6 +471,7 @@ def one_cell(
         **found,
         "steps_measured": len(clock.steps) - warm_up,
         "step_seconds": [sum(step["step"]) for step in clock.steps],
+        "retried": memory.retried() - retried,
         "memory_end": memory.marks["end"],
         "memory_peak": max(size for _, size in samples),
         "memory": samples,

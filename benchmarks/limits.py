@@ -236,6 +236,9 @@ def steps(
     unmapped = unmapped_while_training(memory) if gpu else 0.0
     found["bytes"] = where(trainer, job, gpu, found["training"], unmapped)
     found["unmapped_while_training"] = unmapped
+    found["retried"] = memory.retried()
+    if job["side"] == "patched":
+        found["layers_kept"] = llm.report()["layers_kept"]
     found |= versions()
 
 
@@ -313,6 +316,10 @@ def show(result: dict[str, Any]) -> None:
     print(f"  {'DOES NOT TRAIN: ' + result['error'] if 'error' in result else 'TRAINS'}")
     marks = {**result.get("marks", {}), **{k: result[k] for k in ("sampling", "training", "peak") if k in result}}
     print("  device memory, GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in marks.items()))
+    if result.get("retried"):
+        print(f"  allocations that were retried after torch had given back what it kept: {result['retried']}")
+    if result.get("layers_kept") is not None:
+        print(f"  layers that were not recomputed: {result['layers_kept']}")
     if "bytes" in result:
         print("  at the peak of training, GiB:")
         for name, size in result["bytes"].items():

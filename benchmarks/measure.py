@@ -179,6 +179,14 @@ class Memory(contextlib.AbstractContextManager[Any]):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
+    def retried(self) -> int:
+        """How often torch found no room and gave back what it kept for later allocations, since the process began."""
+        if not self._on_gpu:
+            return 0
+        import torch
+
+        return int(torch.cuda.memory_stats()["num_alloc_retries"])
+
     def mark_after(self, owner: Any, name: str, mark: str) -> None:
         """Let a function of somebody else's set a mark when it ends, with torch's peak until then."""
         before = getattr(owner, name)
