@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, runtime
+from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, rollouts, runtime
 from patchfastrl.checksum import checksum
 from patchfastrl.errors import AdapterError, SharingError, StandbyError, UnsupportedError
 from patchfastrl.sharing import base_parameters
@@ -441,6 +441,26 @@ def test_another_adapter_needs_a_slot() -> None:
 def test_too_small_a_share_is_refused_with_what_to_set() -> None:
     with pytest.raises(UnsupportedError, match=r"copied .* Raise vllm_gpu_memory_utilization, or .*'adapter'"):
         merged(tiny.adapted(tiny.model("qwen2")), gpu_memory_utilization=1e-6)
+
+
+def test_how_much_room_the_default_wants_to_merge() -> None:
+    from transformers import LlamaConfig
+
+    eight = LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )  # fmt: skip
+
+    def room(**engine: Any) -> float:
+        new = engine.pop("new", None)
+        return rollouts.room_to_merge(13 * 2**30, eight, torch.bfloat16, engine, new) / 2**30
+
+    assert 13 + 2 + 0.75 * 8.25 < room(max_num_seqs=32, max_model_len=2112, new=2048) < 0.3 * 79.2
+    # Without a length of the engine: what the completions need, and vLLM's one longest sequence.
+    assert room(max_num_seqs=32, new=512) == 13 + 2 + 16 + 1 / 64
+    assert room(max_num_seqs=64, new=4096) > 13 + 2 + 0.75 * 64
+    assert room(max_num_seqs=32) > 13 + 2 + 0.75 * 32 * 16
+    assert room() == room(max_num_seqs=16)
 
 
 def test_a_wrong_word_is_refused() -> None:
