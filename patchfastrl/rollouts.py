@@ -56,8 +56,8 @@ def merged(
     if wanted is None and not packed and room > limit:
         enough = math.ceil(room / device * 100) / 100
         logger.warning(
-            "PatchFastRL: rollouts use vLLM's LoRA slot, at 1.2 to 1.4 times the time per token of an adapter merged into "
-            "a copy of the weights. "
+            "PatchFastRL: rollouts use vLLM's LoRA slot, at 1.2 to 1.4 times the time per token of an adapter merged "
+            "into a copy of the weights. "
             + (
                 f"From vllm_gpu_memory_utilization={enough:.2f} on (now {share:.2f}) there is room for one."
                 if enough < 0.95
