@@ -76,10 +76,11 @@ class Clock:
 
         @functools.wraps(before)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            # What generating does before it begins is part of it; scoring with the model is a phase of the rollout, and
-            # the training step's own is not.
-            inside = {phase, "generate"} & {*self._inside}
-            if inside or (phase == "logprobs" and "rollout" not in self._inside):
+            # What generating does before it begins is part of it (publishing is a phase as well); scoring with the
+            # model is a phase of the rollout, and the training step's own is not.
+            part = "generate" in self._inside and phase != "weights"
+            outside = phase == "logprobs" and "rollout" not in self._inside
+            if phase in self._inside or part or outside:
                 return before(*args, **kwargs)
             start, standby = self.now(), sum(self._now["standby"])
             self._inside.append(phase)

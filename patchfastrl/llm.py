@@ -61,6 +61,7 @@ class SharedLLM(LLM):
         self._samples_in: int | None = None  # the thread in which a batch runs
         self._standby: cpu_standby.Storages | None = None
         self._weights: Any = None  # those of the latest batch
+        self._publish_first = False  # when the next batch begins
         self._prefixes_of: Any = None  # those that vLLM's prefix cache was filled with; None: others than now
         super().__init__(**kwargs)
 
@@ -155,9 +156,10 @@ class SharedLLM(LLM):
             The request for vLLM; whether the adapter had to be taken out of the engine's own weights for it; whether it
             is for another adapter than the one in training.
         """
-        if published := isinstance(lora_request, PublishFirst):
+        if published := isinstance(lora_request, PublishFirst) or self._publish_first:
             self.publish()
-        if published or lora_request is CURRENT:
+            self._publish_first = False
+        if isinstance(lora_request, PublishFirst) or lora_request is CURRENT:
             lora_request = self.current_request()
         current = getattr(lora_request, "lora_int_id", None) == adapters.ADAPTER_ID
         explicit = lora_request is not None and not current
@@ -232,6 +234,10 @@ class SharedLLM(LLM):
                 changed |= published
             self.publishes += changed
         return changed
+
+    def publish_first(self) -> None:
+        """The next batch begins with `publish`: in place of a weight sync, which may come while the engine sleeps."""
+        self._publish_first = True
 
     def _refresh(self, adapter: bool = True) -> bool:
         """Bring the engine's own weights up to date. While it sleeps they have no memory."""

@@ -328,7 +328,7 @@ def _restore_environment() -> None:
 
 def publish(owner: Any) -> None:
     """In place of TRL's weight sync."""
-    engine_of(owner).publish()
+    engine_of(owner).publish_first()
 
 
 def engine_of(owner: Any) -> SharedLLM:
