@@ -50,6 +50,14 @@ def pool() -> contextlib.AbstractContextManager[Any]:
     return CuMemAllocator.get_instance().use_memory_pool(tag=OWN_WEIGHTS)
 
 
+def nbytes() -> int:
+    """Of all that was allocated in vLLM's pool, whether it is there or released."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance
+    return 0 if allocator is None else sum(piece.handle[1] for piece in allocator.pointer_to_data.values())
+
+
 class Scratch:
     """What was allocated in `pool`, where no standby releases it. It is there to begin with."""
 
@@ -67,7 +75,7 @@ class Scratch:
 
         if self.resident:
             return
-        memory.return_cached()
+        memory.make_room(self._nbytes)
         free, _ = torch.cuda.mem_get_info()
         if free < self._nbytes:
             raise StandbyError(

@@ -189,11 +189,13 @@ class Copies:
 
     def _now(self, adapter: bool) -> tuple[_Values, list[Source], dict[str, adapters.Adapter]]:
         """The trainer's values, what is copied, and the adapter's modules by the name of the weight they change."""
-        sources = self._copied()
+        known = self._sources
+        base = _digests_of(known)  # a GPU goes over the weights while it is found out whether they are still the ones
+        if (sources := self._copied()) is not known:
+            base = _digests_of(sources)
         merged = self._adapters() if adapter else {}
-        low_rank = digests(tensor for a in merged.values() for tensor in (a.a, a.b)).cpu()
-        base = digests(tensor for _, parameter in sources for tensor in storages_of(parameter))
-        return _Values(low_rank, base, tuple((name, a.scaling) for name, a in merged.items())), sources, merged
+        low_rank = digests(tensor for a in merged.values() for tensor in (a.a, a.b))
+        return _Values(base, low_rank, tuple((name, a.scaling) for name, a in merged.items())), sources, merged
 
     def _adapters(self) -> dict[str, adapters.Adapter]:
         """The active adapter's modules, by name."""
@@ -210,16 +212,16 @@ class Copies:
         return self._merged
 
 
+def _digests_of(sources: list[Source]) -> torch.Tensor:
+    return digests(tensor for _, parameter in sources for tensor in storages_of(parameter))
+
+
 @dataclass(frozen=True)
 class _Values:
-    """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers.
+    """Which values the trainer has. torch's version counters miss `.data` and the kernels of 8-bit optimizers."""
 
-    Training changes the adapter, which is told at once. A GPU goes over the base meanwhile, and is waited for only if
-    the adapter is the same.
-    """
-
-    low_rank: torch.Tensor
     base: torch.Tensor
+    low_rank: torch.Tensor
     scalings: tuple[tuple[str, float], ...]
 
     def same_as(self, other: _Values) -> bool:

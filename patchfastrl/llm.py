@@ -269,8 +269,8 @@ class SharedLLM(LLM):
         if tags is not None and not {"kv_cache", "scheduling"} & set(tags):
             return
         with self._timed("wake"), uninterrupted():
-            memory.return_cached()
             if self.llm_engine.engine_core.is_sleeping():
+                memory.make_room(cuda_weight_pool.nbytes())
                 self._wake()
             if self._standby is not None and not self._standby.resident:
                 self.worker.wake_up(None)  # the worker was put to sleep directly

@@ -31,9 +31,9 @@ from .sharing import base_of
 
 logger = logging.getLogger("patchfastrl")
 
-# Of the device, one part is left free: allocations do not fill memory without gaps. The second: with `least`, where
-# nothing else lies between the limit and the device's end.
-_MARGIN, _MARGIN_LEAST = 20, 10
+# Of the device, one part is left free: allocations do not fill memory without gaps. More of it (`memory.SPARE`) with
+# `least`, where nothing else lies between the limit and the device's end.
+_MARGIN = 20
 _ASKED = ("output_router_logits", "output_attentions", "output_hidden_states")
 
 Size = tuple[int, int, int]  # of a micro-batch: tokens, length of a row, tokens that logits are computed for
@@ -151,7 +151,7 @@ class Recompute:
     def _keep(self, layers: list[Any], found: _Measured, now: memory.Reading) -> None:
         assert self.limit is not None
         sizes = [found.layers[layer] for layer in layers]
-        limit, margin = (now.total, _MARGIN_LEAST) if self._least else (self.limit, _MARGIN)
+        limit, margin = (now.total, memory.SPARE) if self._least else (self.limit, _MARGIN)
         self.kept = layers_kept(limit - now.total // margin, now.held, found.rest, sizes)
         first = len(layers) - self.kept
         expected = sum(sizes[first:])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,25 @@ def test_the_engine_follows_the_adapter_and_the_base_stays(family: str, lora: di
     assert_alike(llm, model)
     for name, parameter in base_parameters(model).items():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("rollouts", ["adapter", "merged"])
+def test_trls_sync_publishes_when_the_batch_begins(rollouts: str) -> None:
+    PatchFastRL(rollouts=rollouts)
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = tiny.engine(model, enable_sleep_mode=True)
+    tiny.scramble(model, seed=5)
+    llm.sleep()
+    publishes = llm.publishes
+    runtime.publish(SimpleNamespace(llm=llm))  # asleep, as TRL's may come
+    assert llm.publishes == publishes
+    llm.wake_up()
+    tiny.scramble(model, seed=6)
+    assert (tiny.engine_logprobs(llm, PROMPT) - tiny.logprobs(model, PROMPT)).abs().max() < 1e-4
+    assert llm.publishes > publishes
+    tiny.scramble(model, seed=7)
+    with pytest.raises((AdapterError, SharingError), match=r"sync_weights\(\)"):
+        tiny.engine_logprobs(llm, PROMPT)
 
 
 @pytest.mark.parametrize(("rollouts", "compares"), [("adapter", "_differs"), ("merged", "_now")])

@@ -53,7 +53,7 @@ class Tensors(TorchDispatchMode):
 
     def read(self) -> memory.Reading:
         allocated = self.bytes()
-        return memory.Reading(self.total, held=allocated, allocated=allocated, peak=self.peak)
+        return memory.Reading(self.total, held=allocated, cached=0, allocated=allocated, peak=self.peak)
 
     def forget_peak(self) -> None:
         self.peak = self.bytes()
@@ -230,7 +230,23 @@ def test_what_is_read_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     device = memory.Device(torch.device("cuda:0"))
     for fraction, total in ((1.0, 100), (0.9, 100), (0.7, 85)):  # others hold 15
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, fraction=fraction: fraction)
-        assert device.read() == memory.Reading(total=total, held=55, allocated=40, peak=50)
+        assert device.read() == memory.Reading(total=total, held=55, cached=15, allocated=40, peak=50)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "nbytes", "returned"), [("least", 20, False), ("least", 21, True), ("needed", 1, True)]
+)
+def test_what_torch_keeps_is_given_back_where_the_engine_needs_it(
+    recompute: Any, nbytes: int, returned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PatchFastRL(recompute=recompute)
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    # 30 are free, and a tenth of 100 stays free.
+    monkeypatch.setattr(memory.Device, "read", lambda self: memory.Reading(100, 55, 15, 40, 50))
+    memory.make_room(nbytes)
+    assert bool(calls) == returned
 
 
 def test_a_larger_micro_batch_is_measured_first() -> None:
@@ -478,7 +494,7 @@ class Numbers:
 
     def read(self) -> memory.Reading:
         self.reads += 1
-        return memory.Reading(0, self.reads, self.reads, self.reads)
+        return memory.Reading(0, self.reads, 0, self.reads, self.reads)
 
     def forget_peak(self) -> None:
         pass
