@@ -95,7 +95,7 @@ def make_room(nbytes: int) -> None:
     it must, so all of it is given back.)
     """
     if torch.cuda.is_available():
-        now = Device(torch.device("cuda")).read()
+        now = Device(torch.device("cuda", torch.cuda.current_device())).read()
         left = now.total - now.held - now.cached - nbytes
         if settings().recompute != "least" or left < now.total // SPARE:
             return_cached()
