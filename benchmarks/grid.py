@@ -56,12 +56,13 @@ PHASES = (
     ("step", "whole step, s"),
     ("rollout", "  rollout in all, s"),
     ("generate", "    llm.generate, s"),
+    ("merges", "    merged (1) or in the slot (0)"),
     ("weights", "    weights to the engine, ms"),
     ("standby", "    sleep + wake, ms"),
     ("logprobs", "    old log-probabilities, s"),
     ("micro", "  training micro-step, s"),
     ("layers_kept", "  layers that are not recomputed"),
-    ("retried", "  allocations retried, in all steps"),
+    ("retried", "  allocations retried, all steps"),
     ("first", "first step, s"),
     ("ready", "trainer ready, s"),
     ("weights_size", "one copy of the weights, GiB"),
@@ -290,6 +291,7 @@ def measure(job: dict[str, Any]) -> None:
                 result = {**common, **one_cell(trainer, clock, memory, job, tokens, completions, warm_up)}
                 if side in SETTINGS:
                     result["layers_kept"] = llm.report()["layers_kept"]
+                    result["merges"] = None if job["method"] == "full" else int(llm.merges)
             processes.report(job, {**cell, **result})
             if on_gpu:
                 torch.cuda.empty_cache()
