@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, rollouts, runtime
+from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, memory, rollouts, runtime
 from patchfastrl.checksum import checksum
 from patchfastrl.errors import AdapterError, SharingError, StandbyError, UnsupportedError
 from patchfastrl.sharing import base_parameters
@@ -481,6 +481,28 @@ def test_how_much_room_the_default_wants_to_merge() -> None:
     assert room(max_num_seqs=64, new=4096) > 13 + 2 + 0.75 * 64
     assert room(max_num_seqs=32) > 13 + 2 + 0.75 * 32 * 16
     assert room() == room(max_num_seqs=16)
+
+
+def test_where_the_default_does_not_merge_a_line_says_what_would(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rollouts, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(memory, "device_bytes", lambda: 80 * 2**30)
+    model = tiny.adapted(tiny.model("qwen2"))
+
+    def merges(share: float) -> bool:
+        caplog.clear()
+        engine = {"gpu_memory_utilization": share, "max_model_len": 64, "max_num_seqs": 8}
+        copied, merges = rollouts.merged(model, torch.float32, True, engine)
+        assert bool(copied) == merges != bool(caplog.text)
+        return merges
+
+    assert not merges(0.02)
+    assert "From vllm_gpu_memory_utilization=0.03 on (now 0.02)" in caplog.text
+    assert merges(0.03)
+    monkeypatch.setattr(memory, "device_bytes", lambda: 2 * 2**30)
+    assert not merges(0.9)
+    assert "no room for one on this device" in caplog.text
 
 
 def test_a_wrong_word_is_refused() -> None:
