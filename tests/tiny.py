@@ -20,8 +20,9 @@ def tokenizer() -> Any:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],  # as causal models have it
+    )  # fmt: skip
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     return fast
 
