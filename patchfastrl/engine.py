@@ -180,7 +180,8 @@ def build(
     copied: set[str] = set()
     merging = False
     if max_lora_rank is not None or isinstance(model, PeftModel):
-        copied, merging = rollouts.merged(model, dtype, sleep_mode, kwargs, args)
+        most = plan.beside_the_trainer(shape, replace(run, share=0.95), memory.device_bytes()).share
+        copied, merging = rollouts.merged(model, dtype, sleep_mode, kwargs, args, most)
     run = replace(run, merged=merging)
     if not on_cpu and (wrong := plan.problem(shape, run, memory.device_bytes(), estimated=False)):
         raise UnsupportedError(wrong)

@@ -28,7 +28,7 @@ _USUAL_BATCH = 16  # sequences at a time, where nobody has said how many
 
 
 def merged(
-    model: nn.Module, dtype: torch.dtype, sleep_mode: bool, engine: dict[str, Any], args: Any = None
+    model: nn.Module, dtype: torch.dtype, sleep_mode: bool, engine: dict[str, Any], args: Any = None, most: float = 0.95
 ) -> tuple[set[str], bool]:
     """Which weights the engine is to have a copy of, and whether an adapter is merged into it.
 
@@ -37,6 +37,7 @@ def merged(
         sleep_mode: whether standby is on.
         engine: `vllm.LLM` arguments.
         args: the trainer's configuration; None: not known.
+        most: the largest share of the memory that the engine can get beside the trainer.
 
     Raises:
         UnsupportedError: packed weights whose copy does not fit the engine's share of the memory.
@@ -60,7 +61,7 @@ def merged(
             "into a copy of the weights. "
             + (
                 f"From vllm_gpu_memory_utilization={enough:.2f} on (now {share:.2f}) there is room for one."
-                if enough < 0.95
+                if enough <= most
                 else "There is no room for one on this device."
             )
         )

@@ -490,15 +490,17 @@ def test_where_the_default_does_not_merge_a_line_says_what_would(
     monkeypatch.setattr(memory, "device_bytes", lambda: 80 * 2**30)
     model = tiny.adapted(tiny.model("qwen2"))
 
-    def merges(share: float) -> bool:
+    def merges(share: float, most: float = 0.95) -> bool:
         caplog.clear()
         engine = {"gpu_memory_utilization": share, "max_model_len": 64, "max_num_seqs": 8}
-        copied, merges = rollouts.merged(model, torch.float32, True, engine)
+        copied, merges = rollouts.merged(model, torch.float32, True, engine, most=most)
         assert bool(copied) == merges != bool(caplog.text)
         return merges
 
     assert not merges(0.02)
     assert "From vllm_gpu_memory_utilization=0.03 on (now 0.02)" in caplog.text
+    assert not merges(0.02, most=0.02)  # the trainer has the rest
+    assert "no room for one on this device" in caplog.text
     assert merges(0.03)
     monkeypatch.setattr(memory, "device_bytes", lambda: 2 * 2**30)
     assert not merges(0.9)
