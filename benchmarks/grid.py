@@ -4,6 +4,7 @@
     python benchmarks/grid.py --model 0.5b --model 8b --method lora --method full --tokens 512 --tokens 2048 \\
         --completions 8 --completions 32 --json out.json
     python benchmarks/grid.py --model 8b --parallel 2                     # each side on a GPU of its own
+    python benchmarks/grid.py --model 0.5b --in-turn 3                    # where the processor is not always as fast
     python benchmarks/grid.py --model 8b --no-standby                     # TRL's default: the engine never sleeps
     python benchmarks/grid.py --model 8b --checkpoint --steps 2 --verbose # what the time until the trainer is ready is
     python benchmarks/grid.py --model 8b --warm                           # the time until it is ready in a second run
@@ -19,6 +20,10 @@ process' first step is left out of the medians, and shown as "first step". Nothi
 graphs that were compiled before; with --warm it is what a process left there that built the same trainer. Memory is the
 driver's count for the whole device (on a CPU: the resident set); the peak is the cell's own. The next process imports
 while one is measured.
+
+With --in-turn N the sides' processes stay, and each cell is measured N times over, with one side after the other. Small
+models wait for the processor, whose speed can halve for some seconds where others use it, too ("a loop in Python", timed
+before each step, shows it). There are no figures of memory then: it would be that of all sides.
 
 Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter and needed after
 PatchFastRL(rollouts="adapter") and PatchFastRL(recompute="needed"); unsloth is Unsloth with its standby, where it is
@@ -63,6 +68,8 @@ PHASES = (
     ("micro", "  training micro-step, s"),
     ("layers_kept", "  layers that are not recomputed"),
     ("retried", "  allocations retried, all steps"),
+    ("processor", "a loop in Python, ms"),
+    ("processor_max", "  the slowest"),
     ("first", "first step, s"),
     ("ready", "trainer ready, s"),
     ("weights_size", "one copy of the weights, GiB"),
@@ -87,6 +94,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--parallel", type=int, default=1, metavar="N",
                         help="N processes at the same time, each with a GPU of its own (default: 1)")  # fmt: skip
+    parser.add_argument("--in-turn", type=int, default=1, metavar="N",
+                        help="measure each cell N times over, the sides in turn (default: 1)")  # fmt: skip
     parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS",
                         help="of each process: cells not begun by then are left out, and said so")  # fmt: skip
     parser.add_argument("--no-standby", action="store_true", help="the engine never sleeps, on no side")
@@ -99,6 +108,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.warm and options.parallel > 1:
         parser.error("--warm: the second run comes after the first, so --parallel must be 1")
+    if options.in_turn > 1 and (options.warm or options.parallel > 1):
+        parser.error("--in-turn: all sides are on one GPU, each in one process; without --warm and --parallel")
     options.checkpoint |= options.warm
     if options.child:
         job = json.loads(options.child)
@@ -125,7 +136,9 @@ class Grid:
 
     def run(self) -> None:
         options = self._options
-        more = {k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile", "no_standby")}
+        more = {
+            k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile", "no_standby", "in_turn")
+        }
         jobs, written = [], []
         for model in options.model or ["8b"]:
             for method in options.method or ["lora"]:
@@ -140,9 +153,12 @@ class Grid:
                     jobs += [{**job, "only_build": True}, job] if options.warm else [job]
         # The checkpoints first, and alone.
         processes.run(__file__, written, self._on_result, self._on_end, limit=options.limit)
-        processes.run(
-            __file__, jobs, self._on_result, self._on_end, limit=options.limit, at_once=options.parallel
-        )  # fmt: skip
+        heard = (self._on_result, self._on_end)
+        if options.in_turn == 1:
+            processes.run(__file__, jobs, *heard, limit=options.limit, at_once=options.parallel)
+            return
+        for _, group in itertools.groupby(jobs, lambda job: (job["model"], job["method"])):
+            processes.run_in_turn(__file__, list(group), *heard, limit=options.limit)
 
     def _on_result(self, job: dict[str, Any], result: dict[str, Any]) -> None:
         if job["side"] == "checkpoint" or job.get("only_build"):
@@ -207,6 +223,8 @@ class Grid:
                 title += ", from a checkpoint"
             if self._options.warm:
                 title += ", second run"
+            if self._options.in_turn > 1:
+                title += f", {self._options.in_turn} times in turn"
             if self._options.parallel > 1:
                 title += f" ({self._options.parallel} processes at the same time, each with a GPU of its own)"
             print_table(title, found)
@@ -264,8 +282,7 @@ def measure(job: dict[str, Any]) -> None:
         can_sleep = side != "unsloth" and (on_gpu or side != "stock")  # vLLM's CPU build cannot by itself
         if can_sleep and not job["no_standby"]:
             llm.sleep(level=2 if side == "stock" else 1)
-        if on_gpu:
-            torch.cuda.empty_cache()
+        memory.give_back()
         memory.mark("ready")
         if job["verbose"]:
             for name, sizes in memory.details.items():
@@ -281,20 +298,21 @@ def measure(job: dict[str, Any]) -> None:
                   "marks": memory.times, **versions()}  # fmt: skip
         if side == "unsloth":
             del common["memory_ready"]  # its engine is not asleep yet
-        stop_at(trainer, job["deadline"])
+        if job["in_turn"] > 1:  # it is the other sides', too
+            common = {k: v for k, v in common.items() if not k.startswith("memory") and k != "details"}
+        stop_in_time(trainer, job)
         for number, (tokens, completions) in enumerate(job["cells"]):
             cell = {"tokens": tokens, "completions": completions}
             if time.time() > job["deadline"]:
                 result: dict[str, Any] = {"error": "left out: the time limit of its process was over"}
             else:
                 warm_up = 0 if number else 1  # step: afterwards everything is warm
-                result = {**common, **one_cell(trainer, clock, memory, job, tokens, completions, warm_up)}
+                result = common | one_cell(trainer, clock, memory, job, tokens, completions, warm_up)
                 if side in SETTINGS:
                     result["layers_kept"] = llm.report()["layers_kept"]
                     result["merges"] = None if job["method"] == "full" else int(llm.merges)
             processes.report(job, {**cell, **result})
-            if on_gpu:
-                torch.cuda.empty_cache()
+            memory.give_back()
 
 
 def gib(sizes: dict[str, float]) -> str:
@@ -448,35 +466,41 @@ def unsloth_trainer(
 def one_cell(
     trainer: Any, clock: Clock, memory: Memory, job: dict[str, Any], tokens: int, completions: int, warm_up: int
 ) -> dict[str, Any]:
-    steps = job["steps"] + warm_up
-    aim(trainer, tokens, completions, steps)
     clock.start_over()
-    if job["profile"]:
-        clock.profile_step = steps - 1
     begin, retried = time.perf_counter() - memory.begin, memory.retried()
-    trainer.train()
+    mean, largest, turns = [], [], []
+    for number in range(job["in_turn"]):
+        if job["in_turn"] > 1:
+            memory.give_back()
+            processes.pass_on(job)
+        steps = job["steps"] + (0 if number else warm_up)
+        aim(trainer, tokens, completions, steps)
+        if job["profile"]:
+            clock.profile_step = steps - 1
+        began = time.time()
+        trainer.train()
+        turns.append((began, time.time()))
+        if len(clock.steps) <= warm_up:
+            return {"error": f"the time limit of its process was over after {len(clock.steps)} steps"}
+        lengths = figures_of(trainer, "completions/mean_length")
+        if set(lengths) != {float(tokens)}:
+            raise RuntimeError(f"completions of {sorted(set(lengths))} tokens were trained on instead of {tokens}")
+        mean += figures_of(trainer, "sampling/sampling_logp_difference/mean")
+        largest += figures_of(trainer, "sampling/sampling_logp_difference/max")
     memory.mark("end")
-    if len(clock.steps) <= warm_up:
-        return {"error": f"the time limit of its process was over after {len(clock.steps)} steps"}
-    lengths = figures_of(trainer, "completions/mean_length")
-    if set(lengths) != {float(tokens)}:
-        raise RuntimeError(f"completions of {sorted(set(lengths))} tokens were trained on instead of {tokens}")
-    found = {}
-    if mean := figures_of(trainer, "sampling/sampling_logp_difference/mean"):
-        found = {
-            "difference": statistics.mean(mean),
-            "difference_max": max(figures_of(trainer, "sampling/sampling_logp_difference/max")),
-        }
-    samples = memory.between(begin, memory.times["end"])
+    found: dict[str, Any] = {"turns": turns}
+    if mean:
+        found |= {"difference": statistics.mean(mean), "difference_max": max(largest)}
+    if job["in_turn"] == 1:
+        samples = memory.between(begin, memory.times["end"])
+        peak = max(size for _, size in samples)
+        found |= {"memory_end": memory.marks["end"], "memory_peak": peak, "memory": samples}
     return {
         **clock.medians(warm_up),
         **found,
         "steps_measured": len(clock.steps) - warm_up,
         "step_seconds": [sum(step["step"]) for step in clock.steps],
         "retried": memory.retried() - retried,
-        "memory_end": memory.marks["end"],
-        "memory_peak": max(size for _, size in samples),
-        "memory": samples,
         "spans": clock.spans,
     }
 
@@ -502,12 +526,12 @@ def aim(trainer: Any, tokens: int, completions: int, steps: int) -> None:
     trainer._step, trainer._buffered_inputs = 0, None
 
 
-def stop_at(trainer: Any, deadline: float) -> None:
+def stop_in_time(trainer: Any, job: dict[str, Any]) -> None:
     from transformers import TrainerCallback
 
     class Deadline(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop |= time.time() > deadline
+            control.should_training_stop |= time.time() > job["deadline"]
 
     trainer.add_callback(Deadline())
 

@@ -50,6 +50,7 @@ class Clock:
 
         class Steps(TrainerCallback):
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                clock._now["processor"].append(processor())
                 clock._step_began = clock.now()
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -120,8 +121,18 @@ class Clock:
         figures = {phase: statistics.median(sum(step.get(phase, [0.0])) for step in late) for phase in SUMS}
         figures["weights"] *= 1e3
         figures["standby"] *= 1e3
+        loops = [t * 1e3 for step in late for t in step["processor"]]
+        figures |= {"processor": statistics.median(loops), "processor_max": max(loops)}
         figures["micro"] = statistics.median(t for step in late for t in _micro_steps(step))
         return figures | ({"first": sum(self.steps[0]["step"])} if warm_up else {})
+
+
+def processor() -> float:
+    """Seconds of a loop in Python. Small models wait for the processor, which others may slow down."""
+    start = time.perf_counter()
+    for _ in range(200_000):
+        pass
+    return time.perf_counter() - start
 
 
 def _micro_steps(step: dict[str, list[float]]) -> list[float]:
@@ -172,12 +183,19 @@ class Memory(contextlib.AbstractContextManager[Any]):
                 "allocated": torch.cuda.memory_allocated() / 2**30,
             }
 
-    def forget_peak(self) -> None:
-        """What is in use now is torch's peak so far: what the model was made with does not count."""
+    def give_back(self) -> None:
+        """What torch keeps for later allocations."""
         if self._on_gpu:
             import torch
 
             torch.cuda.empty_cache()
+
+    def forget_peak(self) -> None:
+        """What is in use now is torch's peak so far: what the model was made with does not count."""
+        self.give_back()
+        if self._on_gpu:
+            import torch
+
             torch.cuda.reset_peak_memory_stats()
 
     def retried(self) -> int:

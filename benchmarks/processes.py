@@ -55,6 +55,10 @@ class Child:
         begun.write_text(str(time.time() + limit))
         begun.rename(self._turn)
 
+    def passed_on(self) -> bool:
+        """Whether it has given its turn back."""
+        return not self._turn.exists()
+
     def over(self) -> bool:
         if self._process.poll() is None and time.time() > self._until:
             self._killed = True
@@ -159,6 +163,43 @@ def run(
         cache.cleanup()
 
 
+def run_in_turn(
+    script: str,
+    jobs: list[dict[str, Any]],
+    on_result: Callable[[dict[str, Any], dict[str, Any]], None],
+    on_end: Callable[[Child], None],
+    *,
+    limit: float,
+) -> None:
+    """Run the jobs on one device, where one after the other goes on, in their order, until it calls `pass_on`.
+
+    Args:
+        limit: seconds for each turn; the other arguments are those of `run`.
+    """
+    cache = tempfile.TemporaryDirectory(prefix="cache-", ignore_cleanup_errors=True)
+    waiting: list[Child] = []
+    try:
+        for job in jobs:
+            waiting.append(Child(script, job, None, cache.name))
+        while waiting:
+            child = waiting[0]
+            child.begin(limit)
+            while not (over := child.over()) and not child.passed_on():
+                time.sleep(0.05)
+            for result in child.results():
+                on_result(child.job, result)
+            del waiting[0]
+            if over:
+                on_end(child)
+                child.clean_up()
+            else:
+                waiting.append(child)
+    finally:
+        for child in waiting:
+            child.kill()
+        cache.cleanup()
+
+
 def my_turn(job: dict[str, Any]) -> None:
     """In the process: wait until it may begin. Sets the job's deadline (`time.time()`)."""
     turn = Path(job["turn"])
@@ -167,6 +208,12 @@ def my_turn(job: dict[str, Any]) -> None:
             raise SystemExit("the script that started this process is gone")
         time.sleep(0.05)
     job["deadline"] = float(turn.read_text())
+
+
+def pass_on(job: dict[str, Any]) -> None:
+    """In a process of `run_in_turn`: let the others have theirs, and wait for the next one."""
+    Path(job["turn"]).unlink()
+    my_turn(job)
 
 
 def report(job: dict[str, Any], result: dict[str, Any]) -> None:

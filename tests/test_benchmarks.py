@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -57,6 +58,21 @@ def test_sides_at_the_same_time_from_a_checkpoint_and_one_that_cannot_run(tmp_pa
     assert results["stock"]["from_checkpoint"]
     assert results["stock"]["difference_max"] < 1e-4
     assert "2 processes at the same time" in said
+
+
+def test_sides_in_turn(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    said = script("grid.py", "--model", "tiny", "--side", "stock", "--side", "patched", "--tokens", 8, "--tokens", 16,
+                  "--completions", 8, "--steps", 2, "--in-turn", 3, "--json", file)  # fmt: skip
+    results = json.loads(file.read_text())
+    assert [(r["side"], r["tokens"]) for r in results] == [("stock", 8), ("patched", 8), ("stock", 16), ("patched", 16)]
+    assert all(r["steps_measured"] == 6 for r in results)
+    assert all(r["step"] > 0 and 0 < r["processor"] <= r["processor_max"] for r in results)
+    assert not any("memory_peak" in r for r in results)
+    turns = sorted((begin, end, r["side"]) for r in results for begin, end in r["turns"])
+    assert [side for *_, side in turns] == ["stock", "patched"] * 6
+    assert all(end <= begin for (_, end, _), (begin, *_) in itertools.pairwise(turns))
+    assert "tiny lora, 8 x 16 tokens, 3 times in turn" in said
 
 
 def test_a_second_run_is_measured_and_its_first_is_not(tmp_path: Path) -> None:
