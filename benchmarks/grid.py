@@ -22,8 +22,8 @@ driver's count for the whole device (on a CPU: the resident set); the peak is th
 while one is measured.
 
 With --in-turn N the sides' processes stay, and each cell is measured N times over, with one side after the other. Small
-models wait for the processor, whose speed can halve for some seconds where others use it, too ("a loop in Python", timed
-before each step, shows it). There are no figures of memory then: it would be that of all sides.
+models wait for the processor, whose speed can halve for some seconds where others use it, too (shown as "a loop in
+Python", timed before each step). There are no figures of memory then: it would be that of all sides.
 
 Sides: stock is TRL as it is; patched the same script after PatchFastRL(); adapter and needed after
 PatchFastRL(rollouts="adapter") and PatchFastRL(recompute="needed"); unsloth is Unsloth with its standby, where it is
