@@ -275,6 +275,8 @@ def measure(job: dict[str, Any]) -> None:
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         memory = stack.enter_context(Memory(on_gpu))
+        if job["in_turn"] > 1:
+            memory.no_more_samples()  # nobody shall ask the driver while it is another side's turn
         build = unsloth_trainer if side == "unsloth" else trl_trainer
         trainer, llm, ready = build(job, folder, memory, stack, on_gpu)
         clock = Clock(trainer, llm, memory.begin, on_gpu)

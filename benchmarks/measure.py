@@ -240,9 +240,12 @@ class Memory(contextlib.AbstractContextManager[Any]):
         self._thread.start()
         return self
 
-    def __exit__(self, *args: Any) -> None:
+    def no_more_samples(self) -> None:
         self._stop.set()
         self._thread.join()
+
+    def __exit__(self, *args: Any) -> None:
+        self.no_more_samples()
 
 
 def gib_of(tensors: Iterable[Any]) -> float:
