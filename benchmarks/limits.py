@@ -222,7 +222,7 @@ def steps(
 
     sleep = llm.sleep
     llm.generate, llm.sleep = generated, slept
-    grid.stop_at(trainer, job["deadline"])
+    grid.stop_in_time(trainer, job)
     trainer.train()
     memory.mark("trained")
     found["phase"] = "done"
