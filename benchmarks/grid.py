@@ -108,6 +108,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.warm and options.parallel > 1:
         parser.error("--warm: the second run comes after the first, so --parallel must be 1")
+    if options.in_turn < 1:
+        parser.error("--in-turn: once or more")
     if options.in_turn > 1 and (options.warm or options.parallel > 1):
         parser.error("--in-turn: all sides are on one GPU, each in one process; without --warm and --parallel")
     options.checkpoint |= options.warm
@@ -136,9 +138,8 @@ class Grid:
 
     def run(self) -> None:
         options = self._options
-        more = {
-            k: getattr(options, k) for k in ("steps", "share", "rank", "verbose", "profile", "no_standby", "in_turn")
-        }
+        names = ("steps", "share", "rank", "verbose", "profile", "no_standby", "in_turn")
+        more = {name: getattr(options, name) for name in names}
         jobs, written = [], []
         for model in options.model or ["8b"]:
             for method in options.method or ["lora"]:
