@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -37,3 +37,15 @@ def patched() -> Iterator[None]:
     yield
     tiny.close_all()
     UnpatchFastRL()
+
+
+@pytest.fixture
+def set_for_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Set one of vLLM's environment variables. While an engine is open, vLLM keeps what they were when it started."""
+    from vllm import envs
+
+    def set_variable(name: str, value: str) -> None:
+        monkeypatch.setenv(name, value)
+        monkeypatch.setitem(vars(envs), name, envs.environment_variables[name]())
+
+    return set_variable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from patchfastrl import config_folder
 from patchfastrl.config_folder import ConfigFolder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def an_open_engine() -> Iterator[None]:
+    """What other files' tests may leave: vLLM no longer looks at its environment variables."""
+    llm = tiny.engine(tiny.model())
+    yield
+    llm.close("the test is over.")
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+def cache(tmp_path: Path, set_for_vllm: Callable[[str, str], None]) -> Path:
+    set_for_vllm("VLLM_CACHE_ROOT", str(tmp_path))
     return tmp_path / "patchfastrl-engines"
 
 

@@ -229,7 +229,9 @@ def test_without_files_and_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) 
     assert_agree(llm, model)
 
 
-def test_vllm_looks_at_the_model_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_looks_at_the_model_in_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_for_vllm: Callable[[str, str], None]
+) -> None:
     """A child of its own would import everything again."""
     from vllm.model_executor.models import registry
 
@@ -237,7 +239,7 @@ def test_vllm_looks_at_the_model_in_this_process(tmp_path: Path, monkeypatch: py
         raise AssertionError("vLLM started a child process")
 
     monkeypatch.setattr(registry, "_run_in_subprocess", child)
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # where it would remember what it saw in earlier runs
+    set_for_vllm("VLLM_CACHE_ROOT", str(tmp_path))  # where it would remember what it saw in earlier runs
     registry._try_inspect_model_cls.cache_clear()
     model = tiny.model("mistral", seed=3)
     assert_agree(tiny.engine(model), model)
@@ -397,11 +399,11 @@ def test_architectures_that_cannot_be_shared(config: str, settings: dict, match:
         tiny.engine(model, max_model_len=128)
 
 
-def test_a_parameter_of_the_engine_that_is_none_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_of_the_engine_that_is_none_of_the_model(set_for_vllm: Callable[[str, str], None]) -> None:
     """The bias is a buffer in transformers and a parameter in vLLM."""
     import transformers
 
-    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    set_for_vllm("VLLM_MLA_DISABLE", "1")
     config = transformers.DeepseekV3Config(**_DEEPSEEK, topk_method="noaux_tc")
     model = transformers.AutoModelForCausalLM.from_config(config)
     with refused(model, "e_score_correction_bias have no source"):
