@@ -37,8 +37,11 @@ def versions() -> dict[str, str]:
     return {**found, "vllm": vllm.__version__}
 
 
-def make_model(shape: str, method: str, folder: str, on_gpu: bool) -> tuple[Any, Any]:
-    """A model of this shape with random weights on the device, and a tokenizer with a word for each of its tokens."""
+def make_model(shape: str, method: str, folder: str, on_gpu: bool, dtype: Any = None) -> tuple[Any, Any]:
+    """A model of this shape with random weights on the device, and a tokenizer with a word for each of its tokens.
+
+    `dtype`: by default bfloat16 on a GPU, float32 on a CPU.
+    """
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -53,7 +56,7 @@ def make_model(shape: str, method: str, folder: str, on_gpu: bool) -> tuple[Any,
         tokenizer_object=core, eos_token="<e>", pad_token="<p>", padding_side="left"
     )
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if on_gpu else torch.float32)
+    torch.set_default_dtype(dtype or (torch.bfloat16 if on_gpu else torch.float32))
     try:
         with torch.device("cuda" if on_gpu else "cpu"):
             made = getattr(transformers, f"{kind}ForCausalLM")(config)

@@ -2,12 +2,17 @@
 
 What lies in the trainer's memory as it would in the engine's stays there. For the rest, one engine tensor at a time,
 real memory is allocated, the trainer's values are copied in, and the trainer's parameters become views of it.
+
+On a GPU only large tensors stay. torch takes the device's memory in segments, into which it puts several tensors or,
+where transformers reads a model by its name, all of them. A segment goes back to the device when nothing lies in it any
+more, and in one that does not, the next layer fits exactly where a whole layer was. So layers move whole, and what lies
+beside them, such as an adapter, moves out of the way.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -34,7 +39,9 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
     back to the device.
     """
     parameters = base_parameters(model)
-    trim = max(_TRIM, 0 if device.type == "cpu" else int(_TRIM_SHARE * sum(p.nbytes for p in parameters.values())))
+    trim = max(_TRIM, int(_TRIM_SHARE * sum(p.nbytes for p in parameters.values())) if _in_segments(device) else 0)
+    large = trim if _in_segments(device) else 0
+    beside = [p for p in _others(model, parameters) if p.nbytes < large]
     freed = 0
     of_engine: dict[str, list[tuple[str, nn.Parameter, View]]] = defaultdict(list)
     for name, (destination, view) in plan.views.items():
@@ -50,7 +57,7 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
         sources = of_engine[destination]
         if tensor.is_meta and len(sources) == 1:
             _, parameter, view = sources[0]
-            if _lies_alone(parameter, view, tensor.numel(), device):
+            if parameter.nbytes >= large and _lies_alone(parameter, view, tensor.numel(), device):
                 become(tensor, parameter.data.view(tensor.shape))
                 continue
         with torch.no_grad():
@@ -63,11 +70,11 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
                 _rebind(name, parameter, view.on(home))
                 freed += home.element_size() * view.numel
         if freed > trim:
-            return_freed()
+            _give_back(beside)
             freed = 0
         if tensor.is_meta:
             become(tensor, home)
-    return_freed()
+    _give_back(beside)
     left = [n for n, t in engine_model.named_parameters() if t.is_meta]
     if left:
         raise SharingError(f"The engine's {', '.join(left)} would have no memory: nothing was traced into them.")
@@ -82,6 +89,25 @@ def _lies_alone(parameter: nn.Parameter, view: View, numel: int, device: torch.d
         and parameter.numel() == numel
         and parameter.nbytes == parameter.untyped_storage().nbytes()
     )
+
+
+def _in_segments(device: torch.device) -> bool:
+    """Whether torch takes this device's memory in segments, and waits for the device when it gives some back."""
+    return device.type != "cpu"
+
+
+def _others(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The model's other parameters, such as an adapter's, but those that share a storage."""
+    base = {id(parameter) for parameter in parameters.values()}
+    users = Counter(storage_key(parameter) for parameter in model.parameters())
+    return [p for p in model.parameters() if id(p) not in base and users[storage_key(p)] == 1]
+
+
+def _give_back(beside: list[nn.Parameter]) -> None:
+    """Give back what was freed. What may lie beside it moves to the smallest gap that holds it."""
+    for parameter in beside:
+        parameter.data = parameter.data.clone()
+    return_freed()
 
 
 def _zeros(tensors: list[nn.Parameter], device: torch.device) -> dict[torch.dtype, torch.Tensor]:
