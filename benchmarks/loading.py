@@ -152,9 +152,9 @@ class _LaidOut(BaseException):
 @contextmanager
 def _marked() -> Iterator[None]:
     """Laying out goes by a GPU's rules, is marked in the record, and ends building the engine."""
-    from patchfastrl import materialise
+    from patchfastrl import materialise, memory
 
-    lay_out, return_freed = materialise.materialise, materialise.return_freed
+    lay_out, return_cached = materialise.materialise, memory.return_cached
 
     def marked(*args: Any) -> None:
         Mark.BEGIN.put()
@@ -164,11 +164,11 @@ def _marked() -> Iterator[None]:
 
     def emptied() -> None:
         Mark.CACHE_EMPTIED.put()
-        return_freed()
+        return_cached()
 
     with (
         mock.patch.object(materialise, "materialise", marked),
-        mock.patch.object(materialise, "return_freed", emptied),
+        mock.patch.object(memory, "return_cached", emptied),
         mock.patch.object(materialise, "_in_segments", return_value=True),
     ):
         yield
@@ -191,7 +191,7 @@ def record(shape: str, method: str, rank: int = 32) -> Recording:
             args = GRPOConfig(
                 output_dir=folder, use_vllm=True, vllm_mode="colocate", bf16=True, use_cpu=True, report_to=[],
                 per_device_train_batch_size=8, num_generations=8, max_completion_length=16,
-                vllm_max_model_length=512,
+                vllm_max_model_length=512, vllm_gpu_memory_utilization=0.95,
             )  # fmt: skip
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
             with suppress(_LaidOut):
@@ -267,8 +267,8 @@ def main() -> None:
                 shown = " | ".join(f"{figures[name]:.0f}" for name in columns)
                 print(f"| {shape} | {method} | {how} | {shown} | {figures['in copies']:.3f} |", flush=True)
                 found.append({"model": shape, "method": method, "how": how, **figures})
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
