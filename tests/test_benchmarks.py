@@ -137,3 +137,13 @@ def test_limits_say_where_the_bytes_are_and_what_does_not_train(tmp_path: Path) 
     assert "building the engine" in refused["error"]  # the model has 65,536 positions
     assert said.count("  TRAINS") == 1
     assert said.count("  DOES NOT TRAIN: ") == 1
+
+
+def test_the_peak_while_loading_is_worked_out(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    said = script("loading.py", "--model", "tiny", "--method", "lora in the slot", "--json", file)
+    made, by_name = json.loads(file.read_text())
+    assert (made["how"], by_name["how"]) == ("made", "by name")
+    for figures in made, by_name:
+        assert figures["in use"] <= figures["end"] <= figures["peak"]
+        assert said.count(f"{figures['in copies']:.3f} |")
