@@ -256,6 +256,10 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append", help="may be repeated (default: all)")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
+    import torch
+
+    if torch.cuda.is_available():
+        parser.error("this machine has a GPU, where grid.py measures it")
     columns = ("model", "begin", "end", "in use", "peak")
     found = []
     print("| model | method | | " + " | ".join(f"{name}, MiB" for name in columns) + " | in copies |")
