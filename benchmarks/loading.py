@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from shapes import SHAPES, make_model, prompts
+import grid
+from shapes import SHAPES, make_model
 
 MIB = 2**20
 METHODS = {  # method and PatchFastRL's settings
@@ -174,30 +175,26 @@ def _marked() -> Iterator[None]:
         yield
 
 
-def record(shape: str, method: str, rank: int = 32) -> Recording:
-    """What building a GRPO trainer allocates, TRL patched. No engine stays."""
+def record(shape: str, method: str) -> Recording:
+    """What building `grid.py`'s trainer allocates, TRL patched. No engine stays."""
     import torch
     from peft import LoraConfig
     from torch.profiler import ProfilerActivity, profile
     from transformers.core_model_loading import dot_natural_key
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
+    job = {"cells": [(512, 8)], "steps": 1, "share": 0.95}
     with tempfile.TemporaryDirectory() as folder, _marked():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             model, tokenizer = make_model(shape, method, folder, on_gpu=False, dtype=torch.bfloat16)
             named = sorted(model.named_parameters(), key=lambda item: dot_natural_key(item[0]))
             parameters = [(parameter.data_ptr(), parameter.nbytes) for _, parameter in named]
             Mark.MODEL_MADE.put()
-            args = GRPOConfig(
-                output_dir=folder, use_vllm=True, vllm_mode="colocate", bf16=True, use_cpu=True, report_to=[],
-                per_device_train_batch_size=8, num_generations=8, max_completion_length=16,
-                vllm_max_model_length=512, vllm_gpu_memory_utilization=0.95,
-            )  # fmt: skip
-            lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            args = grid.configuration(job, folder, on_gpu=False, bf16=True)
+            lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
             with suppress(_LaidOut):
-                GRPOTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=prompts(8, 8),
-                            reward_funcs=lambda completions, **_: [0.0] * len(completions),
-                            peft_config=None if method == "full" else lora)  # fmt: skip
+                GRPOTrainer(model=model, args=args, processing_class=tokenizer,
+                            peft_config=None if method == "full" else lora, **grid.given(job))  # fmt: skip
         trace = Path(folder, "trace.json")
         profiled.export_chrome_trace(str(trace))
         events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
@@ -217,7 +214,6 @@ def replay(recording: Recording, by_name: bool) -> dict[str, float]:
         for _, nbytes in events:
             if nbytes == Mark.MODEL_MADE:
                 break
-        next(events)  # the mark's own end
         allocator.free(allocator.allocate(sum(nbytes for _, nbytes in recording.parameters)))
         live = {address: allocator.allocate(nbytes) for address, nbytes in recording.parameters}
         figures["model"] = allocator.reserved

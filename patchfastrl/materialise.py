@@ -25,22 +25,23 @@ from .trace import View, storage_key
 from .weightless import become
 
 # How much of the trainer's freed storage may pile up before it is given back: bytes; on a GPU, which is waited for each
-# time, at least this share of the weights.
+# time, at least this share of the weights. There a tensor of this size is large.
 _TRIM, _TRIM_SHARE = 64 * 2**20, 1 / 32
 
 
 def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: torch.device) -> None:
     """Give the engine's parameters memory holding the trainer's values, and make the trainer's views of it.
 
-    Where the trainer's storage is as the engine's would be, it is the engine's: only what vLLM fuses or pads is moved.
-    The engine's own weights get zeros, all in one small piece of memory, until `own_memory` replaces it.
+    Where the trainer's storage is as the engine's would be, it is the engine's; on a GPU, where it is large enough. The
+    engine's own weights get zeros, all in one small piece of memory, until `own_memory` replaces it.
 
     Peak: one copy of the weights, the largest fused tensor, the largest of the engine's own, and what is on its way
     back to the device.
     """
     parameters = base_parameters(model)
-    trim = max(_TRIM, int(_TRIM_SHARE * sum(p.nbytes for p in parameters.values())) if _in_segments(device) else 0)
-    large = trim if _in_segments(device) else 0
+    trim, large = _TRIM, 0
+    if _in_segments(device):
+        trim = large = max(_TRIM, int(_TRIM_SHARE * sum(p.nbytes for p in parameters.values())))
     beside = [p for p in _others(model, parameters) if p.nbytes < large]
     freed = 0
     of_engine: dict[str, list[tuple[str, nn.Parameter, View]]] = defaultdict(list)
