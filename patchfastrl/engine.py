@@ -44,6 +44,7 @@ from .compat import (
     cpu_preload,
     cpu_rms_norm,
     cpu_standby,
+    cuda_free_blocks,
     cuda_weight_pool,
     expert_slots,
     import_errors,
@@ -235,6 +236,7 @@ def build(
             stack.enter_context(cpu_heap.not_frozen())
         else:
             stack.enter_context(cuda_weight_pool.weights_outside())
+            stack.enter_context(cuda_free_blocks.split())
         stack.enter_context(expert_slots.left_out())
         llm = SharedLLM(
             model=str(folder.path),

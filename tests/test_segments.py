@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,29 @@ def test_an_adapter_that_was_moved_is_trained(tmp_path: Path, patched: None) -> 
     llm = trainer.vllm_generation.llm
     llm.publish()
     torch.testing.assert_close(tiny.engine_logprobs(llm, PROMPT), after, atol=1e-3, rtol=1e-3)
+
+
+def test_torch_splits_free_blocks_while_vllm_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM from 0.23 on forbids it then, on a GPU. What it tells torch, which has no GPU here, is noted down."""
+    from vllm.v1.worker import gpu_worker
+
+    from patchfastrl.compat import cuda_free_blocks
+
+    def load() -> list[str]:
+        told.clear()
+        with gpu_worker.Worker._scoped_allocator_max_split(None, max_split_size_mb=20):
+            return list(told)
+
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr(gpu_worker, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    assert load() == ["max_split_size_mb:20"]
+    with cuda_free_blocks.split():
+        assert load() == []
+    assert load() == ["max_split_size_mb:20"]
+    monkeypatch.delattr(gpu_worker.Worker, "_scoped_allocator_max_split")
+    with cuda_free_blocks.split():  # an older release
+        assert not hasattr(gpu_worker.Worker, "_scoped_allocator_max_split")
 
 
 # What a GPU would hold ------------------------------------------------------------------------------------------------
