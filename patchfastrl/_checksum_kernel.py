@@ -26,7 +26,7 @@ def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: 
         number = first + place
         factor = (number * 0x5851F42D4C957F2D) ^ (number >> 7)
         found += word * (factor * 2 + 1)
-    # Of a last word that is not whole, the bytes that are the storage's. (Memory comes in larger pieces.)
+    # Of a last word that is not whole, the bytes that are the place's. (Memory comes in larger pieces.)
     word = tl.load(words + n, mask=bits != 0, other=0) & bits
     number = first + n
     factor = (number * 0x5851F42D4C957F2D) ^ (number >> 7)
@@ -36,13 +36,13 @@ def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: 
 
 @functools.lru_cache(maxsize=8)
 def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row for each chunk of each storage: address, words, number of its first word, whose it is, bits after these.
+    """One row for each chunk of each place: address, words, number of its first word, whose it is, bits after these.
 
     Args:
-        places: address and bytes of each storage.
+        places: address and bytes of each.
 
     Returns:
-        The rows, (chunks, 5), and the bytes of each storage, (storages,), int64, on the device.
+        The rows, (chunks, 5), and the bytes of each place, (places,), int64, on the device.
     """
     addresses, sizes = np.array(places, dtype=np.int64).T
     words = sizes // 8
@@ -55,16 +55,16 @@ def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[t
     return torch.from_numpy(rows).to(device), torch.from_numpy(sizes.copy()).to(device)
 
 
-def weighted_sums(storages: list[tuple[int, int]], device: torch.device) -> torch.Tensor:
-    """For each storage the sum of its 8-byte words, each times an odd number, int64.
+def weighted_sums(places: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """For each place the sum of its 8-byte words, each times an odd number, int64.
 
     One pass at the speed of the memory. The number is that of the word's place, so a change of one word always changes
     the sum: odd factors can be undone modulo 2**64.
 
     Args:
-        storages: address and bytes of each, at least one, all on `device`.
+        places: address, a multiple of 8, and bytes of each; at least one; all on `device`.
     """
-    table, sizes = _table(device, tuple(storages))
+    table, sizes = _table(device, places)
     totals = sizes.clone()
     _kernel[(len(table),)](table, totals, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
     return totals

@@ -8,30 +8,39 @@ import torch
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """Changes when any byte of the tensors' storages does, or when they change places."""
+    """Changes when any byte of the tensors does, or when they change places."""
     return hash(tuple(digests(tensors).tolist()))
 
 
 @torch.no_grad()
 def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """A number for each storage of the tensors, in their order: shape (storages,), int64, on their device.
+    """A number for each place in memory where tensors lie, in their order: shape (places,), int64, on their device.
 
-    On a GPU nothing waits for it.
+    A tensor in one piece lies there, any other in all of its storage; tensors in the same place count once. On a GPU
+    nothing waits for it, and few of Python's objects are touched: before each batch none is in the processor's cache.
     """
-    storages = {storage._cdata: storage for storage in map(torch.Tensor.untyped_storage, tensors)}.values()
-    if not storages:
+    places: dict[tuple[int, int], torch.Tensor] = {}
+    for tensor in tensors:
+        place = tensor.data_ptr(), tensor.nbytes
+        if place[0] % 8 or not tensor.is_contiguous():
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr(), storage.nbytes()
+        places[place] = tensor
+    if not places:
         return torch.zeros(0, dtype=torch.int64)
-    if all(storage.is_cuda for storage in storages):
+    if all(tensor.is_cuda for tensor in places.values()):
         from ._checksum_kernel import weighted_sums
 
-        places = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-        return weighted_sums(places, next(iter(storages)).device)
-    return torch.stack([_digest(_bytes_of(storage)) for storage in storages])
+        return weighted_sums(tuple(places), next(iter(places.values())).device)
+    return torch.stack([_digest(_bytes_at(place, tensor)) for place, tensor in places.items()])
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """All of the storage, uint8, on its device."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
+def _bytes_at(place: tuple[int, int], tensor: torch.Tensor) -> torch.Tensor:
+    """A place in the tensor's storage as uint8, on its device."""
+    storage, (address, nbytes) = tensor.untyped_storage(), place
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
+        storage, address - storage.data_ptr(), (nbytes,)
+    )
 
 
 def _digest(data: torch.Tensor, width: int = 4096) -> torch.Tensor:

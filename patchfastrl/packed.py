@@ -43,7 +43,7 @@ def unpacked(parameter: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
 
 def storages_of(parameter: torch.Tensor) -> list[torch.Tensor]:
     """Every tensor that the weight's values depend on."""
-    return [parameter.data, *scales_of(parameter)]
+    return [parameter, *scales_of(parameter)]
 
 
 def scales_of(parameter: torch.Tensor) -> list[torch.Tensor]:
