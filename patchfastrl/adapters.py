@@ -58,12 +58,6 @@ class Adapter:
         """Read live: PEFT rescales adapters in place (`set_scale`, `rescale_adapter_scale`)."""
         return self.layer.scaling[self.name]
 
-    @property
-    def replaced(self) -> bool:
-        """Whether PEFT has put other parameters in (`delete_adapter` and `add_adapter` under the same name)."""
-        a, b = self.layer.lora_A, self.layer.lora_B
-        return self.name not in a or a[self.name].weight is not self.a or b[self.name].weight is not self.b
-
 
 @remembered
 def active_adapter(model: nn.Module) -> str | None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._utils import _unflatten_dense_tensors
 
-from .adapters import ADAPTER_ID, ADAPTER_PATH, Adapter, active_adapter, adapters_of, publishing
+from .adapters import ADAPTER_ID, ADAPTER_PATH, Adapter, active_adapters, publishing
 from .compat import lora_model
 from .errors import AdapterError, UnsupportedError
 from .sharing import Plan
@@ -36,12 +37,20 @@ class _Place:
 class _Views:
     """Views of one row of the slot's memory.
 
-    `adapter`: in the order of the layout, lora_A's (rank, in), then lora_B's (rows, rank). `outside`: the rest of what
-    vLLM's kernels read.
+    `adapter`: lora_A's (rank, in), then lora_B's (rows, rank), each in the order of the places. `outside`: the rest of
+    what vLLM's kernels read.
     """
 
     adapter: list[torch.Tensor]
     outside: list[torch.Tensor]
+
+
+class _Values:
+    """Room for what one row of the slot has, in the same order, all in one piece of memory: `whole` and its `parts`."""
+
+    def __init__(self, tensors: list[torch.Tensor], like: torch.Tensor) -> None:
+        self.whole = like.new_empty(sum(map(torch.Tensor.numel, tensors)))
+        self.parts = _unflatten_dense_tensors(self.whole, tensors)
 
 
 class Slot:
@@ -57,7 +66,7 @@ class Slot:
         self._manager = lora_manager._adapter_manager
         self._model = model
         self._plan = plan
-        self._adapter: str | None = None
+        self._laid_out: list[Adapter] = []
         self._places: list[_Place] = []
         self._views: dict[int, _Views] = {}
         self.version = 0
@@ -102,15 +111,18 @@ class Slot:
 
     def _layout(self) -> bool:
         """Find the places of the active adapter. Returns whether they are new."""
-        name = active_adapter(self._model)
-        if name is None:
+        active = active_adapters(self._model)
+        if not active:
             raise AdapterError("The model's adapters are disabled: there is no adapter to publish.")
-        if name == self._adapter and not any(p.adapter.replaced for p in self._places):
+        if active is self._laid_out:  # it is remembered: another one means that the model has changed
             return False
-        self._places = [p for a in adapters_of(self._model, name) for p in self._locate(a)]
-        self._views = {}
-        self._adapter = name
-        return True
+        places = self._places
+        if [(id(a.a), id(a.b)) for a in active] != [(id(a.a), id(a.b)) for a in self._laid_out]:
+            places = [p for a in active for p in self._locate(a)]
+        moved, self._laid_out = places is not self._places, active
+        if moved:
+            self._places, self._views = places, {}
+        return moved
 
     def _held(self, index: int) -> _Views:
         """Views of the slot's memory in row `index` of the stacked tensors."""
@@ -121,13 +133,15 @@ class Slot:
             self._views[index] = _Views(a + b, self._outside(index))
         return self._views[index]
 
-    def _live(self, held: _Views) -> list[torch.Tensor]:
-        """What the slot should hold, in the slot's dtype; vLLM wants the scaling inside lora_B."""
-        a = [p.adapter.a.detach() for p in self._places]
-        b = [p.adapter.b.detach()[p.rows[0] : p.rows[1]] for p in self._places]
-        b = list(torch._foreach_mul(b, [p.adapter.scaling for p in self._places]))
-        live = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in held.adapter]
-        torch._foreach_copy_(live, a + b)
+    def _live(self) -> _Values:
+        """What the slot should hold, in its dtype; vLLM wants the scaling inside lora_B."""
+        a = [p.adapter.a for p in self._places]
+        b = [p.adapter.b if p.rows == (0, len(p.adapter.b)) else p.adapter.b[slice(*p.rows)] for p in self._places]
+        live = _Values(a + b, self._places[0].layer.lora_b_stacked[0])
+        scalings = [p.adapter.scaling for p in self._places]
+        if any(scaling != 1 for scaling in scalings):
+            b = list(torch._foreach_mul(b, scalings))
+        torch._foreach_copy_(live.parts, a + b)
         return live
 
     # Publishing -----------------------------------------------------------------------------------------------------
@@ -161,16 +175,16 @@ class Slot:
                 self._make_resident()
             return False
         moved = self._layout()
-        index = self._index()
-        if index is not None and not moved and self._differs(index) is None:
+        index, live = self._index(), self._live()
+        clean = index is not None and not moved and not self._has_leftovers(index)
+        if index is not None and clean and not _anything(self._apart(index, live).whole):
             return False
         # Grows first: interrupted after the copy, the new values must not pass under the name of the old prefixes.
         self.version += 1
-        if index is None or moved or self._has_leftovers(index):
+        if index is None or not clean:
             index = self._make_resident()
-        held = self._held(index)
-        torch._foreach_copy_(held.adapter, self._live(held))
-        if (problem := self._differs(index)) is not None:
+        torch._foreach_copy_(self._held(index).adapter, live.parts)
+        if (problem := self._differs(index, live)) is not None:
             raise AdapterError(f"The adapter cannot be published: {problem}.")
         return True
 
@@ -188,20 +202,25 @@ class Slot:
                 "(trainer: sync_weights(); model: fast_generate does it)."
             )
         moved = self._layout()
-        if (problem := "another adapter was made active" if moved else self._differs(index)) is not None:
+        if (problem := "another adapter was made active" if moved else self._differs(index, self._live())) is not None:
             raise AdapterError(
                 f"The adapter in the engine's slot is not the one in training: {problem}. Publish it before sampling "
                 "(trainer: sync_weights(); model: fast_generate does it)."
             )
 
-    def _differs(self, index: int) -> str | None:
-        """Why the slot's content is not the live adapter's; None when it is, bit for bit."""
-        held = self._held(index)
-        live = self._live(held)
-        distance = torch._foreach_norm(torch._foreach_sub(held.adapter, live), ord=math.inf)
-        different = torch.stack(list(distance)).ne(0)  # NaN counts as different
-        if bool(different.any()):
-            which = int(different.nonzero()[0])
+    def _apart(self, index: int, live: _Values) -> _Values:
+        """The slot's content less the live adapter's: zeros if they are the same, bit for bit."""
+        held = self._held(index).adapter
+        apart = _Values(held, live.whole)
+        torch._foreach_copy_(apart.parts, held)
+        apart.whole.sub_(live.whole)
+        return apart
+
+    def _differs(self, index: int, live: _Values) -> str | None:
+        """Why the slot's content is not the live adapter's; None when it is."""
+        apart = self._apart(index, live)
+        if _anything(apart.whole):
+            which = next(number for number, part in enumerate(apart.parts) if _anything(part))
             place = self._places[which % len(self._places)]
             side = "lora_A" if which < len(self._places) else "lora_B"
             live_tensor = place.adapter.a if side == "lora_A" else place.adapter.b
@@ -231,3 +250,8 @@ class Slot:
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(f"policy-v{self.version}", ADAPTER_ID, ADAPTER_PATH)
+
+
+def _anything(tensor: torch.Tensor) -> bool:
+    """Whether a number in it is not zero. NaN is not."""
+    return bool(torch.linalg.vector_norm(tensor, ord=math.inf) != 0)

@@ -114,7 +114,7 @@ def test_trls_sync_publishes_when_the_batch_begins(rollouts: str) -> None:
         tiny.engine_logprobs(llm, PROMPT)
 
 
-@pytest.mark.parametrize(("rollouts", "compares"), [("adapter", "_differs"), ("merged", "_now")])
+@pytest.mark.parametrize(("rollouts", "compares"), [("adapter", "_apart"), ("merged", "_now")])
 def test_trls_call_publishes_when_the_batch_begins(
     rollouts: str, compares: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
