@@ -158,15 +158,25 @@ def one_run(side: str, case: str, folder: str, steps: int) -> dict[str, float]:
 
 
 def timed_sync(generation: Any) -> list[float]:
+    """Seconds of each weight sync, with the publishing of the batch after it, which only ours has."""
     seconds: list[float] = []
-    sync = generation.sync_weights
 
-    def timed() -> None:
-        start = time.perf_counter()
-        sync()
-        seconds.append(time.perf_counter() - start)
+    def time_it(owner: Any, name: str, begins: bool) -> None:
+        before = getattr(owner, name)
 
-    generation.sync_weights = timed
+        def timed() -> Any:
+            if begins:
+                seconds.append(0.0)
+            start = time.perf_counter()
+            result = before()
+            seconds[-1] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, timed)
+
+    time_it(generation, "sync_weights", begins=True)
+    if hasattr(generation.llm, "publish"):
+        time_it(generation.llm, "publish", begins=False)
     return seconds
 
 
