@@ -117,7 +117,7 @@ class Slot:
         if active is self._laid_out:  # it is remembered: another one means that the model has changed
             return False
         places = self._places
-        if [(id(a.a), id(a.b)) for a in active] != [(id(a.a), id(a.b)) for a in self._laid_out]:
+        if list(map(_identity, active)) != list(map(_identity, self._laid_out)):
             places = [p for a in active for p in self._locate(a)]
         moved, self._laid_out = places is not self._places, active
         if moved:
@@ -250,6 +250,11 @@ class Slot:
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(f"policy-v{self.version}", ADAPTER_ID, ADAPTER_PATH)
+
+
+def _identity(adapter: Adapter) -> tuple[Any, ...]:
+    """What two of them have in common exactly if they are the same: PEFT puts other parameters in under old names."""
+    return adapter.name, id(adapter.layer), id(adapter.a), id(adapter.b)
 
 
 def _anything(tensor: torch.Tensor) -> bool:

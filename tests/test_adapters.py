@@ -507,6 +507,22 @@ def test_a_wrong_slot_fails_the_batch_and_a_publish_mends_it(pair: tuple[Any, An
         assert_served(llm, model)
 
 
+def test_two_adapters_of_the_same_tensors_are_two(pair: tuple[Any, Any]) -> None:
+    """They differ in their scaling, which is in the slot."""
+    llm, model = pair
+    assert_served(llm, model)
+    model.add_adapter("twin", tiny.lora(lora_alpha=4, target_modules=model.peft_config["default"].target_modules))
+    for module in model.modules():
+        if "twin" in getattr(module, "lora_A", {}):
+            module.lora_A["twin"].weight = module.lora_A["default"].weight
+            module.lora_B["twin"].weight = module.lora_B["default"].weight
+    model.set_adapter("twin")
+    with pytest.raises(AdapterError, match="another adapter"):
+        tiny.engine_greedy(llm, PROMPT)
+    assert llm.publish()
+    assert_served(llm, model)
+
+
 def test_an_adapter_with_nan_is_not_published(pair: tuple[Any, Any]) -> None:
     llm, model = pair
     weight = model.get_base_model().model.layers[0].self_attn.v_proj.lora_B["default"].weight
