@@ -10,6 +10,7 @@ from.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,20 +38,21 @@ class _Place:
 class _Views:
     """Views of one row of the slot's memory.
 
-    `adapter`: lora_A's (rank, in), then lora_B's (rows, rank), each in the order of the places. `outside`: the rest of
-    what vLLM's kernels read.
+    `adapter`: lora_A's (slot's rank, in), then lora_B's (rows, slot's rank), each in the order of the places. `flat`:
+    the same in one dimension each. `outside`: what vLLM keeps for modules without an adapter.
     """
 
     adapter: list[torch.Tensor]
+    flat: list[torch.Tensor]
     outside: list[torch.Tensor]
 
 
+@dataclass(frozen=True)
 class _Values:
-    """Room for what one row of the slot has, in the same order, all in one piece of memory: `whole` and its `parts`."""
+    """What one row of the slot should hold, in the order of its views: in one piece of memory, and its parts."""
 
-    def __init__(self, tensors: list[torch.Tensor], like: torch.Tensor) -> None:
-        self.whole = like.new_empty(sum(map(torch.Tensor.numel, tensors)))
-        self.parts = _unflatten_dense_tensors(self.whole, tensors)
+    whole: torch.Tensor
+    parts: list[torch.Tensor]
 
 
 class Slot:
@@ -127,22 +129,31 @@ class Slot:
     def _held(self, index: int) -> _Views:
         """Views of the slot's memory in row `index` of the stacked tensors."""
         if index not in self._views:
-            ranks = [p.adapter.a.shape[0] for p in self._places]
-            a = [p.layer.lora_a_stacked[p.slice][index, 0, :r, :] for p, r in zip(self._places, ranks, strict=True)]
-            b = [p.layer.lora_b_stacked[p.slice][index, 0, :, :r] for p, r in zip(self._places, ranks, strict=True)]
-            self._views[index] = _Views(a + b, self._outside(index))
+            a = [p.layer.lora_a_stacked[p.slice][index, 0] for p in self._places]
+            b = [p.layer.lora_b_stacked[p.slice][index, 0] for p in self._places]
+            self._views[index] = _Views(a + b, [t.view(-1) for t in a + b], self._outside(index))
         return self._views[index]
 
     def _live(self) -> _Values:
-        """What the slot should hold, in its dtype; vLLM wants the scaling inside lora_B."""
+        """What the slot should hold, in its dtype: the scaling inside lora_B, and zeros behind the adapter's rank."""
         a = [p.adapter.a for p in self._places]
         b = [p.adapter.b if p.rows == (0, len(p.adapter.b)) else p.adapter.b[slice(*p.rows)] for p in self._places]
-        live = _Values(a + b, self._places[0].layer.lora_b_stacked[0])
+        held = self._held(0).adapter
+        whole = held[0].new_empty(sum(map(torch.Tensor.numel, held)))
+        parts = filled = list(_unflatten_dense_tensors(whole, held))
+        if any(map(operator.ne, map(len, a), map(len, held))):
+            whole.zero_()
+            filled = [self._of_adapter(number, part) for number, part in enumerate(parts)]
         scalings = [p.adapter.scaling for p in self._places]
         if any(scaling != 1 for scaling in scalings):
             b = list(torch._foreach_mul(b, scalings))
-        torch._foreach_copy_(live.parts, a + b)
-        return live
+        torch._foreach_copy_(filled, a + b)
+        return _Values(whole, parts)
+
+    def _of_adapter(self, number: int, part: torch.Tensor) -> torch.Tensor:
+        """What the adapter has of part `number` of a row: the rest is behind its rank."""
+        rank = len(self._places[number % len(self._places)].adapter.a)
+        return part[:rank] if number < len(self._places) else part[:, :rank]
 
     # Publishing -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +188,7 @@ class Slot:
         moved = self._layout()
         index, live = self._index(), self._live()
         clean = index is not None and not moved and not self._has_leftovers(index)
-        if index is not None and clean and not _anything(self._apart(index, live).whole):
+        if index is not None and clean and not _anything(self._apart(index, live)):
             return False
         # Grows first: interrupted after the copy, the new values must not pass under the name of the old prefixes.
         self.version += 1
@@ -208,42 +219,37 @@ class Slot:
                 "(trainer: sync_weights(); model: fast_generate does it)."
             )
 
-    def _apart(self, index: int, live: _Values) -> _Values:
-        """The slot's content less the live adapter's: zeros if they are the same, bit for bit."""
-        held = self._held(index).adapter
-        apart = _Values(held, live.whole)
-        torch._foreach_copy_(apart.parts, held)
-        apart.whole.sub_(live.whole)
-        return apart
+    def _apart(self, index: int, live: _Values) -> torch.Tensor:
+        """The slot's content less what it should be, in one piece: zeros if they are the same, bit for bit."""
+        return torch.cat(self._held(index).flat).sub_(live.whole)
 
     def _differs(self, index: int, live: _Values) -> str | None:
         """Why the slot's content is not the live adapter's; None when it is."""
-        apart = self._apart(index, live)
-        if _anything(apart.whole):
-            which = next(number for number, part in enumerate(apart.parts) if _anything(part))
-            place = self._places[which % len(self._places)]
-            side = "lora_A" if which < len(self._places) else "lora_B"
-            live_tensor = place.adapter.a if side == "lora_A" else place.adapter.b
-            finite = bool(torch.isfinite(live_tensor).all())
-            return f"{side} of {place.adapter.module} " + ("differs (stale or partial)" if finite else "is not finite")
-        return "modules or ranks without an adapter hold left-over values" if self._has_leftovers(index) else None
+        apart, left_over = self._apart(index, live), self._has_leftovers(index)
+        if _anything(apart):
+            parts = enumerate(_unflatten_dense_tensors(apart, live.parts))
+            which = next((n for n, part in parts if _anything(self._of_adapter(n, part))), None)
+            if which is not None:
+                adapter = self._places[which % len(self._places)].adapter
+                side, tensor = ("lora_A", adapter.a) if which < len(self._places) else ("lora_B", adapter.b)
+                why = "differs (stale or partial)" if torch.isfinite(tensor).all() else "is not finite"
+                return f"{side} of {adapter.module} {why}"
+            left_over = True
+        return "modules or ranks without an adapter hold left-over values" if left_over else None
 
     def _has_leftovers(self, index: int) -> bool:
-        """Whether the slot holds anything outside the places of the adapter: vLLM's kernels would add it in."""
+        """Whether the slot holds anything for modules without an adapter: vLLM's kernels would add it in."""
         outside = self._held(index).outside
         return bool(outside) and bool(torch.stack(list(torch._foreach_norm(outside, ord=math.inf))).ne(0).any())
 
     def _outside(self, index: int) -> list[torch.Tensor]:
-        outside = []
-        for place in self._places:
-            rank = place.adapter.a.shape[0]
-            outside.append(place.layer.lora_b_stacked[place.slice][index, 0, :, rank:])
         filled = {(id(p.layer), p.slice) for p in self._places}
-        for layer in self._manager.modules.values():
-            for number, stacked in enumerate(getattr(layer, "lora_b_stacked", ())):
-                if (id(layer), number) not in filled:
-                    outside.append(stacked[index])
-        return [t for t in outside if t.numel()]
+        return [
+            stacked[index]
+            for layer in self._manager.modules.values()
+            for number, stacked in enumerate(getattr(layer, "lora_b_stacked", ()))
+            if (id(layer), number) not in filled
+        ]
 
     def request(self) -> Any:
         """The `LoRARequest` for the current version. Its name keys the prefix cache: old versions cannot be hit."""

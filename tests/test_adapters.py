@@ -450,6 +450,11 @@ def _leave_something_behind_the_rank(llm: Any, model: Any) -> None:
     layer.lora_b_stacked[0][..., 4:].fill_(0.5)
 
 
+def _leave_nan_behind_the_rank_of_a(llm: Any, model: Any) -> None:
+    """It would be multiplied by zeros of lora_B, and stay."""
+    _layer(llm, "model.layers.0.mlp.down_proj").lora_a_stacked[0][:, :, 4:].fill_(torch.nan)
+
+
 def _write_in_the_trainer(llm: Any, model: Any) -> None:
     tiny.scramble(model, seed=4)
 
@@ -485,6 +490,7 @@ SPOILED = {
     _leave_something_in_another_slice: "left-over",
     _leave_something_in_another_module: "left-over",
     _leave_something_behind_the_rank: "left-over",
+    _leave_nan_behind_the_rank_of_a: "left-over",
     _write_in_the_trainer: "differs",
     _write_behind_autograd_s_back: r"lora_A of model\.layers\.0\.self_attn\.q_proj differs",
     _replace_the_data: r"lora_B of model\.layers\.0\.self_attn\.v_proj differs",
