@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -180,11 +181,14 @@ class SharedLLM(LLM):
         return lora_request, unmerged, explicit
 
     def request_to_publish(self) -> Any:
-        """What TRL's calls bring as `lora_request`; None without an adapter, whose weights are published at once."""
-        if (request := self.current_request()) is None:
-            self.publish()
-            return None
-        return PublishFirst(request.lora_name, request.lora_int_id, request.lora_path)
+        """What TRL's calls bring as `lora_request`; None for a model without adapters, which is published at once.
+
+        Which adapter is active, if any is, is found out when the batch begins.
+        """
+        if isinstance(self.shared.model, PeftModel):
+            return PublishFirst("policy", adapters.ADAPTER_ID, adapters.ADAPTER_PATH)
+        self.publish()
+        return self.current_request()
 
     def current_request(self) -> Any:
         """The `LoRARequest` of the adapter in training; None without one."""

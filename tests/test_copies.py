@@ -141,9 +141,10 @@ def test_trls_call_publishes_when_the_batch_begins(
     assert len(compared) == 1  # one pass over the weights a batch
     assert llm.publishes == publishes + 1
     with model.disable_adapter():
-        assert runtime.lora_request(llm) is None
         base = tiny.logprobs(model, PROMPT)
-        assert (tiny.engine_logprobs(llm, PROMPT, lora_request=None) - base).abs().max() < 1e-4
+        for request in (runtime.lora_request(llm), None):
+            assert (tiny.engine_logprobs(llm, PROMPT, lora_request=request) - base).abs().max() < 1e-4
+    assert (tiny.engine_logprobs(llm, PROMPT, lora_request=runtime.lora_request(llm)) - theirs).abs().max() < 1e-4
 
 
 def test_only_what_the_adapter_changes_is_copied() -> None:
