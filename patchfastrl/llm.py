@@ -188,7 +188,7 @@ class SharedLLM(LLM):
         if isinstance(self.shared.model, PeftModel):
             return PublishFirst("policy", adapters.ADAPTER_ID, adapters.ADAPTER_PATH)
         self.publish()
-        return self.current_request()
+        return self.current_request()  # or an error: adapters inside the model, which PEFT does not wrap
 
     def current_request(self) -> Any:
         """The `LoRARequest` of the adapter in training; None without one."""

@@ -336,7 +336,7 @@ def engine_of(owner: Any) -> SharedLLM:
 
 
 def lora_request(llm: SharedLLM) -> Any:
-    """The adapter in training as a `LoRARequest`, None when the model has none.
+    """A `LoRARequest` for the adapter in training, if one is active; None for a model that has no adapters.
 
     Published when the batch begins, if it changed: TRL's sync goes by its step counter, which does not notice a second
     `train()`, a best model that was loaded at the end, or another trainer of the same model.

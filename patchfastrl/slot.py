@@ -10,7 +10,6 @@ from.
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +140,7 @@ class Slot:
         held = self._held(0).adapter
         whole = held[0].new_empty(sum(map(torch.Tensor.numel, held)))
         parts = filled = list(_unflatten_dense_tensors(whole, held))
-        if any(map(operator.ne, map(len, a), map(len, held))):
+        if list(map(len, a)) != list(map(len, held[: len(a)])):  # a rank that does not fill the slot's
             whole.zero_()
             filled = [self._of_adapter(number, part) for number, part in enumerate(parts)]
         scalings = [p.adapter.scaling for p in self._places]
