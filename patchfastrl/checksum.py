@@ -20,12 +20,13 @@ def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     nothing waits for it, and few of Python's objects are touched: before each batch none is in the processor's cache.
     """
     places: dict[tuple[int, int], torch.Tensor] = {}
-    for tensor in tensors:
-        place = tensor.data_ptr(), tensor.nbytes
-        if place[0] % 8 or not tensor.is_contiguous():
-            storage = tensor.untyped_storage()
-            place = storage.data_ptr(), storage.nbytes()
-        places[place] = tensor
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' has a function in Python, called for each attribute
+        for tensor in tensors:
+            place = tensor.data_ptr(), tensor.nbytes
+            if place[0] % 8 or not tensor.is_contiguous():
+                storage = tensor.untyped_storage()
+                place = storage.data_ptr(), storage.nbytes()
+            places[place] = tensor
     if not places:
         return torch.zeros(0, dtype=torch.int64)
     if all(tensor.is_cuda for tensor in places.values()):

@@ -42,8 +42,11 @@ def unpacked(parameter: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
 
 
 def storages_of(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """Every tensor that the weight's values depend on."""
-    return [parameter, *scales_of(parameter)]
+    """Every tensor that the weight's values depend on, but for tables that are the same for all of its kind."""
+    state = quant_state(parameter)
+    if state is None:
+        return [parameter]
+    return [parameter, state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
 
 
 def scales_of(parameter: torch.Tensor) -> list[torch.Tensor]:

@@ -136,12 +136,12 @@ class Slot:
     def _live(self) -> _Values:
         """What the slot should hold, in its dtype: the scaling inside lora_B, and zeros behind the adapter's rank."""
         a = [p.adapter.a for p in self._places]
-        b = [p.adapter.b if p.rows == (0, len(p.adapter.b)) else p.adapter.b[slice(*p.rows)] for p in self._places]
+        b = [p.adapter.b if p.rows == (0, p.adapter.b.size(0)) else p.adapter.b[slice(*p.rows)] for p in self._places]
         held = self._held(0).adapter
         whole = held[0].new_empty(sum(map(torch.Tensor.numel, held)))
         parts = filled = list(_unflatten_dense_tensors(whole, held))
-        if list(map(len, a)) != list(map(len, held[: len(a)])):  # a rank that does not fill the slot's
-            whole.zero_()
+        if any(tensor.size(0) != row.size(0) for tensor, row in zip(a, held, strict=False)):
+            whole.zero_()  # a rank that does not fill the slot's
             filled = [self._of_adapter(number, part) for number, part in enumerate(parts)]
         scalings = [p.adapter.scaling for p in self._places]
         if any(scaling != 1 for scaling in scalings):
@@ -151,7 +151,7 @@ class Slot:
 
     def _of_adapter(self, number: int, part: torch.Tensor) -> torch.Tensor:
         """What the adapter has of part `number` of a row: the rest is behind its rank."""
-        rank = len(self._places[number % len(self._places)].adapter.a)
+        rank = self._places[number % len(self._places)].adapter.a.size(0)
         return part[:rank] if number < len(self._places) else part[:, :rank]
 
     # Publishing -----------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 T = TypeVar("T")
@@ -23,21 +24,24 @@ class _Found:
     def __init__(self, model: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self._modules = list(model.modules())[1:]  # without the model itself, which must not be kept alive
+        modules = list(model.modules())[1:]  # without the model itself, which must not be kept alive
+        self._attributes = list(map(vars, modules))
         self._tables = self._tables_now(model)
-        self._entries = list(map(_entries, self._tables))
+        self._entries = list(_entries(self._tables))  # kept alive, so that their ids stay theirs
+        self._ids = _ids(self._tables), _ids(self._entries)
+        self._parameters = [e for e in self._entries if isinstance(e, torch.Tensor)]
         self._trained = self._trained_now()
-        self._layers = [m for m in self._modules if isinstance(m, BaseTunerLayer)]
+        self._layers = [m for m in modules if isinstance(m, BaseTunerLayer)]
         self._states = self._states_now()
         self.answers: dict[Any, Any] = {}
 
-    def _tables_now(self, model: nn.Module) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def _tables_now(self, model: nn.Module) -> list[dict[str, Any]]:
         """Where modules keep their submodules, and their parameters."""
-        modules = [model, *self._modules]
-        return list(map(_submodules, modules)), list(map(_parameters, modules))
+        return list(chain.from_iterable(map(_tables_of, [vars(model), *self._attributes])))
 
     def _trained_now(self) -> list[bool]:
-        return [p.requires_grad for p in self._entries[1] if p is not None]
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' has a function in Python, called each time
+            return [p.requires_grad for p in self._parameters]
 
     def _states_now(self) -> list[tuple]:
         return [(m.disable_adapters, m.active_adapter, tuple(m.merged_adapters)) for m in self._layers]
@@ -46,22 +50,21 @@ class _Found:
         """As long as every table has the same entries, there are no other modules and parameters than those known."""
         now = self._tables_now(model)
         return (
-            all(map(_same, now, self._tables))
-            and all(map(_same, map(_entries, now), self._entries))
+            self._ids == (_ids(now), _ids(_entries(now)))
             and self._trained == self._trained_now()
             and self._states == self._states_now()
         )
 
 
-def _entries(tables: list[dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, tables)))
+def _entries(tables: list[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, tables))
 
 
-def _same(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
+def _ids(objects: Iterable[Any]) -> list[int]:
+    return list(map(id, objects))
 
 
-_submodules, _parameters = operator.attrgetter("_modules"), operator.attrgetter("_parameters")
+_tables_of = operator.itemgetter("_modules", "_parameters")
 _found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
 _looked_at: weakref.WeakSet[nn.Module] | None = None
 

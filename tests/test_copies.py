@@ -567,6 +567,28 @@ def test_a_4_bit_model(nested: bool, skip: list[str] | None) -> None:
         assert torch.equal(parameter.data, packed[name]), name
 
 
+@pytest.mark.parametrize("part", ["packed", "scales", "scales of scales", "offset"])
+def test_no_part_of_a_packed_weight_changes_unnoticed(part: str) -> None:
+    model = tiny.adapted(quantised())
+    llm = tiny.engine(model)
+    weight = base_parameters(model)["model.layers.0.mlp.up_proj.weight"]
+    state = weight.quant_state
+    tensor = {
+        "packed": weight.data,
+        "scales": state.absmax,
+        "scales of scales": state.state2.absmax,
+        "offset": state.offset,
+    }[part]
+    llm.publish()
+    llm.copies.check()
+    tensor.view(-1)[0].add_(1)
+    with pytest.raises(SharingError, match="was trained \\(or written to\\) since"):
+        llm.copies.check()
+    assert llm.publish()
+    llm.copies.check()
+    assert_alike(llm, model)
+
+
 def test_the_audit_alters_packed_weights_too() -> None:
     """An engine that computes with something else than what is unpacked into it does not pass."""
     from patchfastrl.audit import audit
