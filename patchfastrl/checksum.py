@@ -20,7 +20,7 @@ def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     nothing waits for it, and few of Python's objects are touched: before each batch none is in the processor's cache.
     """
     places: dict[tuple[int, int], torch.Tensor] = {}
-    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' has a function in Python, called for each attribute
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' tensors have one, called for each attribute
         for tensor in tensors:
             place = tensor.data_ptr(), tensor.nbytes
             if place[0] % 8 or not tensor.is_contiguous():

@@ -40,7 +40,7 @@ class _Found:
         return list(chain.from_iterable(map(_tables_of, [vars(model), *self._attributes])))
 
     def _trained_now(self) -> list[bool]:
-        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' has a function in Python, called each time
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' tensors have one, called each time
             return [p.requires_grad for p in self._parameters]
 
     def _states_now(self) -> list[tuple]:
