@@ -20,8 +20,8 @@ from .replaced import replaced
 
 
 @contextlib.contextmanager
-def after_profiling(allocate: Callable[[], int]) -> Iterator[None]:
-    """While an engine is built: `allocate()` runs before the KV cache, which gets less by the bytes it returns.
+def after_profiling(allocate: Callable[[Any], int]) -> Iterator[None]:
+    """While an engine is built: `allocate(worker)` runs before the KV cache, which gets less by the bytes it returns.
 
     A KV cache whose size is given (`kv_cache_memory_bytes`) is that size.
     """
@@ -36,7 +36,7 @@ def after_profiling(allocate: Callable[[], int]) -> Iterator[None]:
         nonlocal allocated
         allocated = True
         available = measure(self)
-        taken = allocate()
+        taken = allocate(self)
         return available if getattr(self.cache_config, "kv_cache_memory_bytes", None) else available - taken
 
     with replaced(Worker, "determine_available_memory", then_allocate) as measure:

@@ -28,6 +28,7 @@ from . import (
     quantisation,
     rollouts,
     sharing,
+    slot,
     start_block,
     training,
     weightless,
@@ -60,7 +61,6 @@ from .llm import SharedLLM, live
 from .packed import quant_state
 from .recompute import Recompute
 from .sharing import base_of, base_parameters, dtype_of
-from .slot import Slot
 
 logger = logging.getLogger("patchfastrl")
 
@@ -212,9 +212,10 @@ def build(
         if on_cpu:
             cpu_rms_norm.install(engine_model)
 
-    def on_profiled() -> int:
+    def on_profiled(worker: Any) -> int:
         memory.return_cached()
-        more = materialise.own_memory(made["shared"], pool())
+        made["slot"] = slot.memory_of(worker) if sleep_mode and max_lora_rank is not None else []
+        more = materialise.own_memory(made["shared"], made["slot"], pool())
         memory.return_cached()
         return more
 
@@ -249,13 +250,13 @@ def build(
     if llm.shared.plan.own:
         llm.copies = Copies(llm.shared, merges=False)
         llm.copies.merges = merging and llm.copies.hold_all_of(model)
-    if max_lora_rank is not None:
-        llm.slot = Slot(llm.model_runner.lora_manager, model, llm.shared.plan)
-        if on_cpu:
-            cpu_lora.install(llm.model_runner.lora_manager._adapter_manager.modules.values())
     if on_cpu:
         asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
-        llm._standby = cpu_standby.install(llm.worker, asleep)
+        llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
+    if max_lora_rank is not None:
+        llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
+        if on_cpu:
+            cpu_lora.install(llm.model_runner.lora_manager._adapter_manager.modules.values())
     scratch: Scratch | None = None
     if llm.copies is not None:
         llm.copies.watch(llm.worker)

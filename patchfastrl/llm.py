@@ -157,7 +157,8 @@ class SharedLLM(LLM):
             The request for vLLM; whether the adapter had to be taken out of the engine's own weights for it; whether it
             is for another adapter than the one in training.
         """
-        if published := isinstance(lora_request, PublishFirst) or self._publish_first:
+        lost = self.slot is not None and self.slot.lost and not self.merges
+        if published := isinstance(lora_request, PublishFirst) or self._publish_first or lost:
             self.publish()
             self._publish_first = False
         if isinstance(lora_request, PublishFirst) or lora_request is CURRENT:
@@ -231,11 +232,12 @@ class SharedLLM(LLM):
         """Make the trainer's current weights what the next batch samples from. Returns whether anything was copied."""
         with self._timed("publish"), uninterrupted(), looked_at_once():
             changed = self._refresh()
-            if self.slot is not None and not self.merges and adapters.active_adapter(self.shared.model) is not None:
-                published = self.slot.publish()
-                if published:
-                    self._prefixes_of = None
-                changed |= published
+            slot = None if self.merges or adapters.active_adapter(self.shared.model) is None else self.slot
+            if slot is not None and not self.awake:
+                self._publish_first = True  # standby has released its memory
+            elif slot is not None and slot.publish():
+                self._prefixes_of = None
+                changed = True
             self.publishes += changed
         return changed
 
@@ -326,7 +328,7 @@ class SharedLLM(LLM):
         if self.copies is not None:
             self.copies.merges = self.merging and self.copies.hold_all_of(model)
         if self.slot is not None:
-            self.slot = Slot(self.model_runner.lora_manager, model, self.shared.plan)
+            self.slot.serve(model)
 
     def require_slot(self, rank: int) -> None:
         """Raises UnsupportedError unless the engine serves adapters of `rank`."""

@@ -135,8 +135,11 @@ def _rebind(name: str, parameter: nn.Parameter, view: torch.Tensor) -> None:
     parameter.data = view
 
 
-def own_memory(shared: Shared, pool: contextlib.AbstractContextManager[Any]) -> int:
+def own_memory(shared: Shared, slot: list[torch.Tensor], pool: contextlib.AbstractContextManager[Any]) -> int:
     """Give the engine's own weights memory, allocated inside `pool`. They are zeros still.
+
+    Args:
+        slot: what else moves there: tensors for adapters, which hold nothing yet.
 
     Returns:
         Bytes, less those of the memory that stood in for it and is free now.
@@ -158,4 +161,6 @@ def own_memory(shared: Shared, pool: contextlib.AbstractContextManager[Any]) -> 
             home.data = fresh
             shared.keys[destination] = storage_key(home)
             shared.own_bytes += fresh.nbytes
+        for tensor in slot:
+            tensor.data = torch.zeros_like(tensor)
     return shared.own_bytes - sum(stood_in.values())

@@ -10,6 +10,7 @@ from.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,19 +59,29 @@ class Slot:
     """The engine's one LoRA slot.
 
     Args:
-        lora_manager: vLLM's worker-side manager (`model_runner.lora_manager`).
+        worker: vLLM's.
         model: PEFT model in training.
         plan: where the base weights lie.
+
+    Attributes:
+        version: grows with every adapter that is published.
+        lost: standby has taken what was published.
     """
 
-    def __init__(self, lora_manager: Any, model: nn.Module, plan: Plan) -> None:
-        self._manager = lora_manager._adapter_manager
-        self._model = model
+    def __init__(self, worker: Any, model: nn.Module, plan: Plan) -> None:
+        self._manager = worker.model_runner.lora_manager._adapter_manager
         self._plan = plan
+        self.serve(model)
+        self._watch(worker)
+
+    def serve(self, model: nn.Module) -> None:
+        """The adapter in training is one of `model`'s, and has not been published."""
+        self._model = model
         self._laid_out: list[Adapter] = []
         self._places: list[_Place] = []
         self._views: dict[int, _Views] = {}
         self.version = 0
+        self.lost = False
 
     # Layout ---------------------------------------------------------------------------------------------------------
 
@@ -156,6 +167,18 @@ class Slot:
 
     # Publishing -----------------------------------------------------------------------------------------------------
 
+    def _watch(self, worker: Any) -> None:
+        """Notice when vLLM's worker is put to sleep: what the slot holds is lost, ours and what vLLM knows of."""
+        before = worker.sleep
+
+        def sleep(*args: Any, **kwargs: Any) -> Any:
+            self.lost = self.version > 0
+            for other in self._manager.list_adapters().keys() - {ADAPTER_ID}:
+                self._manager.remove_adapter(other)
+            return before(*args, **kwargs)
+
+        worker.sleep = sleep
+
     def _index(self) -> int | None:
         """Row of the stacked tensors that vLLM maps our id to; None when the slot is not resident."""
         manager = self._manager
@@ -188,14 +211,18 @@ class Slot:
         index, live = self._index(), self._live()
         clean = index is not None and not moved and not self._has_leftovers(index)
         if index is not None and clean and not _anything(self._apart(index, live)):
+            self.lost = False
             return False
         # Grows first: interrupted after the copy, the new values must not pass under the name of the old prefixes.
         self.version += 1
-        if index is None or not clean:
+        if index is None:
             index = self._make_resident()
+        elif not clean:
+            torch._foreach_zero_([stacked for _, _, stacked in _stacked(self._manager)])
         torch._foreach_copy_(self._held(index).adapter, live.parts)
         if (problem := self._differs(index, live)) is not None:
             raise AdapterError(f"The adapter cannot be published: {problem}.")
+        self.lost = False
         return True
 
     @torch.no_grad()
@@ -243,18 +270,28 @@ class Slot:
 
     def _outside(self, index: int) -> list[torch.Tensor]:
         filled = {(id(p.layer), p.slice) for p in self._places}
-        return [
-            stacked[index]
-            for layer in self._manager.modules.values()
-            for number, stacked in enumerate(getattr(layer, "lora_b_stacked", ()))
-            if (id(layer), number) not in filled
-        ]
+        return [stacked[index] for layer, n, stacked in _stacked(self._manager) if (id(layer), n) not in filled]
 
     def request(self) -> Any:
         """The `LoRARequest` for the current version. Its name keys the prefix cache: old versions cannot be hit."""
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(f"policy-v{self.version}", ADAPTER_ID, ADAPTER_PATH)
+
+
+def memory_of(worker: Any) -> list[torch.Tensor]:
+    """The slot's memory, but what vLLM has for embeddings, of which it keeps views."""
+    all_of_it = _stacked(worker.model_runner.lora_manager._adapter_manager)
+    return [tensor for layer, _, tensor in all_of_it if isinstance(layer.lora_b_stacked, tuple)]
+
+
+def _stacked(manager: Any) -> Iterator[tuple[Any, int, torch.Tensor]]:
+    """All that vLLM keeps of adapters, one row for each: engine module, slice number, tensor."""
+    for layer in manager.modules.values():
+        for side in ("lora_a_stacked", "lora_b_stacked"):
+            slices = getattr(layer, side, ())
+            for number, tensor in enumerate((slices,) if isinstance(slices, torch.Tensor) else slices):
+                yield layer, number, tensor
 
 
 def _identity(adapter: Adapter) -> tuple[Any, ...]:

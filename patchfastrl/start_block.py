@@ -31,7 +31,8 @@ def of(llm: SharedLLM, sleep_mode: bool) -> str:
     if llm.merges:
         lines.append("  adapter   merged into the engine's own weights before it samples")
     elif llm.slot is not None:
-        lines.append(f"  adapter   slot of rank {llm.llm_engine.vllm_config.lora_config.max_lora_rank}")
+        rank = llm.llm_engine.vllm_config.lora_config.max_lora_rank
+        lines.append(f"  adapter   slot of rank {rank}{', released by standby' if sleep_mode else ''}")
     else:
         lines.append("  adapter   none: the weights themselves are trained, the optimizer's update is the engine's")
     lines.append(f"  standby   {'on: the KV cache is released while training' if sleep_mode else 'off'}")

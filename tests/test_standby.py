@@ -19,7 +19,7 @@ import tiny
 import torch
 
 from patchfastrl import PatchFastRL, UnpatchFastRL
-from patchfastrl.errors import PatchFastRLError, StandbyError, UnsupportedError
+from patchfastrl.errors import AdapterError, PatchFastRLError, StandbyError, UnsupportedError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -416,6 +416,76 @@ def test_a_second_ctrl_c_goes_through_at_once() -> None:
     ):
         tiny.engine_greedy(llm, PROMPT)
     llm.close("the test is over.")
+
+
+# The adapter's slot -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_slot() -> Iterator[tuple[Any, Any, Any]]:
+    """An engine, its model with an adapter on some of the layers, and the memory of the engine's slot."""
+    from patchfastrl.slot import memory_of
+
+    model = tiny.adapted(tiny.model("llama"), r=4, target_modules=["q_proj", "down_proj"])
+    llm = tiny.engine(model, enable_sleep_mode=True)
+    yield llm, model, memory_of(llm.worker)
+    close_all()
+
+
+def lose(llm: Any, memory: list[torch.Tensor], by: str = "sleep(1)") -> None:
+    """Sleep and wake. On a GPU, what is in the slot's memory then may be anything."""
+    SLEEPS[by](llm)
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in memory)
+    llm.wake_up()
+    for tensor in memory:
+        tensor.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("by", FREES_MEMORY)
+def test_the_slot_is_released_and_filled_again(with_slot: tuple[Any, Any, Any], by: str) -> None:
+    llm, model, memory = with_slot
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    lose(llm, memory, by)
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    lose(llm, memory, by)
+    with model.disable_adapter():
+        assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    assert not any(tensor.isnan().any() for tensor in memory)
+
+
+def test_an_adapter_published_while_asleep_is_there_when_awake(with_slot: tuple[Any, Any, Any]) -> None:
+    llm, model, memory = with_slot
+    llm.sleep()
+    tiny.scramble(model, seed=4)
+    assert not llm.publish()
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in memory)
+    llm.wake_up()
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    tiny.scramble(model, seed=5)
+    with pytest.raises(AdapterError, match="stale"):  # once: afterwards the trainer says when
+        tiny.engine_greedy(llm, PROMPT)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "beside ours"])
+def test_another_adapter_is_loaded_again_after_standby(adapted: bool, tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from patchfastrl.slot import memory_of
+
+    model = tiny.adapted(tiny.model("llama")) if adapted else tiny.model("llama")
+    llm = tiny.engine(model, enable_sleep_mode=True, max_lora_rank=8)
+    saved = tiny.adapted(tiny.model("llama"), r=2, target_modules=["k_proj", "up_proj"])
+    tiny.scramble(saved, seed=21)
+    saved.save_pretrained(tmp_path)
+    request, other = LoRARequest("saved", 7, str(tmp_path)), tiny.greedy(saved, PROMPT)
+    for _ in range(2):
+        assert tiny.engine_greedy(llm, PROMPT, lora_request=request) == other
+        lose(llm, memory_of(llm.worker))
+        assert tiny.engine_greedy(llm, PROMPT, lora_request=request) == other
+        lose(llm, memory_of(llm.worker))
+        assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    close_all()
 
 
 # In a trainer -------------------------------------------------------------------------------------------------------
