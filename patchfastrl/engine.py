@@ -46,6 +46,7 @@ from .compat import (
     cpu_rms_norm,
     cpu_standby,
     cuda_free_blocks,
+    cuda_slot_addresses,
     cuda_weight_pool,
     expert_slots,
     import_errors,
@@ -216,6 +217,8 @@ def build(
         memory.return_cached()
         made["slot"] = slot.memory_of(worker) if sleep_mode and max_lora_rank is not None else []
         more = materialise.own_memory(made["shared"], made["slot"], pool())
+        if not on_cpu:
+            cuda_slot_addresses.forget()
         memory.return_cached()
         return more
 
@@ -364,4 +367,6 @@ def _discard(
         engine.engine_core.shutdown()
     if standby is not None:
         standby.release()  # at once, not when the collector gets round to vLLM's cycles
+    if not current_platform.is_cpu():
+        cuda_slot_addresses.forget()
     folder.cleanup()

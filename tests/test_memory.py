@@ -279,3 +279,19 @@ if __name__ == "__main__":
     import conftest  # noqa: F401  the same environment as under pytest
 
     print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
+
+
+def test_lora_kernels_forget_where_a_slot_was() -> None:
+    from vllm.lora.ops.triton_ops import utils
+
+    from patchfastrl.compat import cuda_slot_addresses
+
+    one, two = torch.zeros(1, 1, 8, 16), torch.zeros(1, 1, 16, 8)
+    utils._get_lora_a_ptr([one], one.device)
+    utils._get_lora_b_ptr([two], 0, two.device)
+    address = one.data_ptr()
+    remembered = utils._LORA_A_PTR_DICT[(address,)]
+    assert remembered[0].data_ptr() == address  # vLLM keeps the tensor's memory alive
+    cuda_slot_addresses.forget()
+    assert not utils._LORA_A_PTR_DICT
+    assert not utils._LORA_B_PTR_DICT
