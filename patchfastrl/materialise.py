@@ -5,8 +5,8 @@ real memory is allocated, the trainer's values are copied in, and the trainer's 
 
 On a GPU only large tensors stay. torch takes the device's memory in segments, into which it puts several tensors or,
 where transformers reads a model by its name, all of them. A segment goes back to the device when nothing lies in it any
-more, and in one that does not, the next layer fits exactly where a whole layer was. So layers move whole, and what lies
-beside them, such as an adapter, moves out of the way.
+more, and in one that does not, the next layer fits exactly where a whole layer was. So layers move whole, memory is
+given back between them, and what lies beside them, such as an adapter, moves out of the way.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .sharing import Plan, Shared, base_parameters, engine_replaced
 from .trace import View, storage_key
 from .weightless import become
 
-# How much of the trainer's freed storage may pile up before it is given back: bytes; on a GPU, which is waited for each
-# time, at least this share of the weights. There a tensor of this size is large.
-_TRIM, _TRIM_SHARE = 64 * 2**20, 1 / 32
+# From how much of the trainer's freed storage on it is given back at the end of a layer: bytes; on a GPU, which is
+# waited for each time, at least this share of the weights. There a tensor of this size is large.
+_TRIM, _TRIM_SHARE = 64 * 2**20, 1 / 128
 
 
 def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: torch.device) -> None:
@@ -35,7 +35,7 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
     Where the trainer's storage is as the engine's would be, it is the engine's; on a GPU, where it is large enough. The
     engine's own weights get zeros, all in one small piece of memory, until `own_memory` replaces it.
 
-    Peak: one copy of the weights, the largest fused tensor, the largest of the engine's own, and what is on its way
+    Peak: one copy of the weights, the largest fused tensor, the largest of the engine's own, and a layer on its way
     back to the device.
     """
     parameters = base_parameters(model)
@@ -49,7 +49,12 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
         of_engine[destination].append((name, parameters[name], view))
     engines = dict(engine_model.named_parameters())
     zeros = _zeros([engines[destination] for destination in plan.own], device)
+    layer: list[str] = []
     for destination, tensor in engines.items():
+        if freed > trim and _layer_of(destination) != layer:
+            _give_back(beside)
+            freed = 0
+        layer = _layer_of(destination)
         if destination in plan.own:
             become(tensor, zeros[tensor.dtype][: tensor.numel()].view(tensor.shape))
             continue
@@ -70,15 +75,18 @@ def materialise(engine_model: nn.Module, model: nn.Module, plan: Plan, device: t
                 view.on(home).copy_(parameter.data)
                 _rebind(name, parameter, view.on(home))
                 freed += home.element_size() * view.numel
-        if freed > trim:
-            _give_back(beside)
-            freed = 0
         if tensor.is_meta:
             become(tensor, home)
     _give_back(beside)
     left = [n for n, t in engine_model.named_parameters() if t.is_meta]
     if left:
         raise SharingError(f"The engine's {', '.join(left)} would have no memory: nothing was traced into them.")
+
+
+def _layer_of(name: str) -> list[str]:
+    """Path of the layer that a parameter belongs to: up to the first number. Empty outside of layers."""
+    parts = name.split(".")
+    return next((parts[: n + 1] for n, part in enumerate(parts) if part.isdigit()), [])
 
 
 def _lies_alone(parameter: nn.Parameter, view: View, numel: int, device: torch.device) -> bool:

@@ -145,5 +145,5 @@ def test_the_peak_while_loading_is_worked_out(tmp_path: Path) -> None:
     made, by_name = json.loads(file.read_text())
     assert (made["how"], by_name["how"]) == ("made", "by name")
     for figures in made, by_name:
-        assert figures["in use"] <= figures["end"] <= figures["peak"]
+        assert figures["kept"] < figures["end"] <= figures["peak"]
         assert said.count(f"{figures['in copies']:.3f} |")
