@@ -68,7 +68,7 @@ def install(worker: Any, own_weights: list[torch.Tensor]) -> Storages:
     """Replace `sleep` and `wake_up` of this CPU worker. Its KV cache must be allocated already.
 
     Args:
-        own_weights: what else is released; their contents are lost, as the cache's are.
+        own_weights: what else is released, the LoRA slot among it; the contents are lost, as the cache's are.
     """
     storages = Storages({"kv_cache": worker.model_runner.kv_caches, OWN_WEIGHTS: own_weights})
 

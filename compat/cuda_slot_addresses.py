@@ -9,10 +9,12 @@ Until: they are remembered with the layer.
 
 from __future__ import annotations
 
+import sys
+
 
 def forget() -> None:
-    """What a kernel needs it looks up again, before CUDA graphs are captured."""
-    from vllm.lora.ops.triton_ops import utils
-
-    utils._LORA_A_PTR_DICT.clear()
-    utils._LORA_B_PTR_DICT.clear()
+    """What a kernel needs it looks up again, before CUDA graphs are captured. Nothing where no kernel has run."""
+    utils = sys.modules.get("vllm.lora.ops.triton_ops.utils")
+    if utils is not None:
+        utils._LORA_A_PTR_DICT.clear()
+        utils._LORA_B_PTR_DICT.clear()

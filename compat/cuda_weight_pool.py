@@ -20,7 +20,7 @@ from patchfastrl.errors import StandbyError
 
 from .replaced import replaced
 
-OWN_WEIGHTS = "own weights"  # a tag; any but vLLM's "weights", which level 1 would copy to the host
+OWN_WEIGHTS = "own weights"  # a tag, of the LoRA slot too; not vLLM's "weights", which level 1 would copy to the host
 
 
 @contextlib.contextmanager
@@ -48,6 +48,34 @@ def pool() -> contextlib.AbstractContextManager[Any]:
     from vllm.device_allocator.cumem import CuMemAllocator
 
     return CuMemAllocator.get_instance().use_memory_pool(tag=OWN_WEIGHTS)
+
+
+def wake_with_the_cache(worker: Any) -> None:
+    """Whoever wakes only the KV cache of this worker wakes our tag too; and no adapter is loaded while that sleeps."""
+    sleep, wake_up, asleep = worker.sleep, worker.wake_up, False
+
+    def then_asleep(*args: Any, **kwargs: Any) -> None:
+        nonlocal asleep
+        sleep(*args, **kwargs)
+        asleep = True
+
+    def woken(tags: list[str] | None = None) -> None:
+        nonlocal asleep
+        if tags is not None and "kv_cache" in tags and asleep:
+            tags = [*tags, OWN_WEIGHTS]
+        wake_up(tags)
+        asleep = asleep and tags is not None and OWN_WEIGHTS not in tags
+
+    def refusing(call: Any) -> Any:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if asleep:
+                raise StandbyError("The engine's LoRA slot is released (standby). Call wake_up() first.")
+            return call(*args, **kwargs)
+
+        return refuse
+
+    worker.sleep, worker.wake_up = then_asleep, woken
+    worker.add_lora, worker.pin_lora = refusing(worker.add_lora), refusing(worker.pin_lora)
 
 
 def nbytes() -> int:

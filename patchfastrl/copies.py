@@ -10,6 +10,7 @@ trainer's weights are only ever read.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -107,10 +108,11 @@ class Copies:
 
     def watch(self, worker: Any) -> None:
         """Notice when vLLM's worker is put to sleep past the engine, too."""
-        before = worker.sleep
+        before, this = worker.sleep, weakref.ref(self)  # the engine must not keep the model alive
 
         def sleep(*args: Any, **kwargs: Any) -> Any:
-            self.release()
+            if (copies := this()) is not None:
+                copies.release()
             return before(*args, **kwargs)
 
         worker.sleep = sleep

@@ -217,8 +217,7 @@ def build(
         memory.return_cached()
         made["slot"] = slot.memory_of(worker) if sleep_mode and max_lora_rank is not None else []
         more = materialise.own_memory(made["shared"], made["slot"], pool())
-        if not on_cpu:
-            cuda_slot_addresses.forget()
+        cuda_slot_addresses.forget()
         memory.return_cached()
         return more
 
@@ -256,6 +255,7 @@ def build(
     if on_cpu:
         asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
         llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
+    cuda_weight_pool.wake_with_the_cache(llm.worker)
     if max_lora_rank is not None:
         llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
         if on_cpu:
@@ -367,6 +367,5 @@ def _discard(
         engine.engine_core.shutdown()
     if standby is not None:
         standby.release()  # at once, not when the collector gets round to vLLM's cycles
-    if not current_platform.is_cpu():
-        cuda_slot_addresses.forget()
+    cuda_slot_addresses.forget()
     folder.cleanup()

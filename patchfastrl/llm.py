@@ -147,7 +147,7 @@ class SharedLLM(LLM):
         finally:
             if unmerged:
                 self._refresh()
-            elif explicit and self.slot is not None and self.slot.version:
+            elif explicit and self.slot is not None and self.slot.version and self.current_request() is not None:
                 self.slot.publish()  # the other adapter took the slot
 
     def _prepared(self, lora_request: Any) -> tuple[Any, bool, bool]:
@@ -157,8 +157,7 @@ class SharedLLM(LLM):
             The request for vLLM; whether the adapter had to be taken out of the engine's own weights for it; whether it
             is for another adapter than the one in training.
         """
-        lost = self.slot is not None and self.slot.lost and not self.merges
-        if published := isinstance(lora_request, PublishFirst) or self._publish_first or lost:
+        if published := isinstance(lora_request, PublishFirst) or self._publish_first:
             self.publish()
             self._publish_first = False
         if isinstance(lora_request, PublishFirst) or lora_request is CURRENT:
@@ -234,7 +233,7 @@ class SharedLLM(LLM):
             changed = self._refresh()
             slot = None if self.merges or adapters.active_adapter(self.shared.model) is None else self.slot
             if slot is not None and not self.awake:
-                self._publish_first = True  # standby has released its memory
+                self._publish_first = True  # its memory may be released
             elif slot is not None and slot.publish():
                 self._prefixes_of = None
                 changed = True
@@ -263,7 +262,10 @@ class SharedLLM(LLM):
         return resident and not core.is_sleeping()
 
     def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
-        """Release the KV cache. Weights stay where they are at every level (level 0 only pauses, as in vLLM)."""
+        """Release the KV cache, and what else only sampling needs: copies, the adapter's slot.
+
+        Weights stay where they are at every level (level 0 only pauses, as in vLLM).
+        """
         if not self.llm_engine.model_executor.is_sleeping:
             with self._timed("sleep"), uninterrupted(), _nothing_to_collect():
                 if level and self.copies is not None:

@@ -10,6 +10,7 @@ from.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from torch._utils import _unflatten_dense_tensors
 
 from .adapters import ADAPTER_ID, ADAPTER_PATH, Adapter, active_adapters, publishing
+from .checksum import digests
 from .compat import lora_model
 from .errors import AdapterError, UnsupportedError
 from .sharing import Plan
@@ -65,7 +67,7 @@ class Slot:
 
     Attributes:
         version: grows with every adapter that is published.
-        lost: standby has taken what was published.
+        lost: a digest of what was published, and standby has taken; None: it is there.
     """
 
     def __init__(self, worker: Any, model: nn.Module, plan: Plan) -> None:
@@ -81,7 +83,7 @@ class Slot:
         self._places: list[_Place] = []
         self._views: dict[int, _Views] = {}
         self.version = 0
-        self.lost = False
+        self.lost: torch.Tensor | None = None
 
     # Layout ---------------------------------------------------------------------------------------------------------
 
@@ -169,15 +171,21 @@ class Slot:
 
     def _watch(self, worker: Any) -> None:
         """Notice when vLLM's worker is put to sleep: what the slot holds is lost, ours and what vLLM knows of."""
-        before = worker.sleep
+        before, this = worker.sleep, weakref.ref(self)  # the engine must not keep the model alive
 
         def sleep(*args: Any, **kwargs: Any) -> Any:
-            self.lost = self.version > 0
-            for other in self._manager.list_adapters().keys() - {ADAPTER_ID}:
-                self._manager.remove_adapter(other)
+            if (slot := this()) is not None:
+                slot._lose()
             return before(*args, **kwargs)
 
         worker.sleep = sleep
+
+    @torch.no_grad()
+    def _lose(self) -> None:
+        if self.version and self.lost is None and (index := self._index()) is not None:
+            self.lost = digests([torch.cat(self._held(index).flat)])
+        for other in self._manager.list_adapters().keys() - {ADAPTER_ID}:
+            self._manager.remove_adapter(other)
 
     def _index(self) -> int | None:
         """Row of the stacked tensors that vLLM maps our id to; None when the slot is not resident."""
@@ -211,23 +219,29 @@ class Slot:
         index, live = self._index(), self._live()
         clean = index is not None and not moved and not self._has_leftovers(index)
         if index is not None and clean and not _anything(self._apart(index, live)):
-            self.lost = False
+            self.lost = None
             return False
         # Grows first: interrupted after the copy, the new values must not pass under the name of the old prefixes.
         self.version += 1
         if index is None:
             index = self._make_resident()
-        elif not clean:
-            torch._foreach_zero_([stacked for _, _, stacked in _stacked(self._manager)])
-        torch._foreach_copy_(self._held(index).adapter, live.parts)
+        self._fill(index, live, clean)
         if (problem := self._differs(index, live)) is not None:
             raise AdapterError(f"The adapter cannot be published: {problem}.")
-        self.lost = False
         return True
+
+    def _fill(self, index: int, live: _Values, clean: bool) -> None:
+        if not clean:
+            torch._foreach_zero_([stacked for _, _, stacked in _stacked(self._manager)])
+        torch._foreach_copy_(self._held(index).adapter, live.parts)
+        self.lost = None
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise unless the slot holds the adapter exactly as it is in the trainer now."""
+        """Raise unless the slot holds the adapter exactly as it is in the trainer now.
+
+        What standby has taken is put back, if the trainer's is that still.
+        """
         if not publishing():
             return
         if self.version == 0:
@@ -238,8 +252,10 @@ class Slot:
                 "The adapter is missing from the engine's slot: something removed it. Publish it again "
                 "(trainer: sync_weights(); model: fast_generate does it)."
             )
-        moved = self._layout()
-        if (problem := "another adapter was made active" if moved else self._differs(index, self._live())) is not None:
+        moved, live = self._layout(), self._live()
+        if self.lost is not None and not moved and torch.equal(self.lost, digests([live.whole])):
+            self._fill(index, live, clean=False)
+        if (problem := "another adapter was made active" if moved else self._differs(index, live)) is not None:
             raise AdapterError(
                 f"The adapter in the engine's slot is not the one in training: {problem}. Publish it before sampling "
                 "(trainer: sync_weights(); model: fast_generate does it)."
@@ -280,7 +296,7 @@ class Slot:
 
 
 def memory_of(worker: Any) -> list[torch.Tensor]:
-    """The slot's memory, but what vLLM has for embeddings, of which it keeps views."""
+    """The slot's memory, but for embeddings and the head: there vLLM keeps one tensor, of embeddings with views."""
     all_of_it = _stacked(worker.model_runner.lora_manager._adapter_manager)
     return [tensor for layer, _, tensor in all_of_it if isinstance(layer.lora_b_stacked, tuple)]
 

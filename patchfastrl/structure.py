@@ -24,7 +24,7 @@ class _Found:
     def __init__(self, model: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        modules = list(model.modules())[1:]  # without the model itself, which must not be kept alive
+        modules = list(model.modules())[1:]
         self._attributes = list(map(vars, modules))
         self._tables = self._tables_now(model)
         self._entries = list(_entries(self._tables))  # kept alive, so that their ids stay theirs
@@ -34,6 +34,13 @@ class _Found:
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer)]
         self._states = self._states_now()
         self.answers: dict[Any, Any] = {}
+
+    # A copy of the model, or what is unpickled, has other modules.
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
     def _tables_now(self, model: nn.Module) -> list[dict[str, Any]]:
         """Where modules keep their submodules, and their parameters."""
@@ -65,7 +72,7 @@ def _ids(objects: Iterable[Any]) -> list[int]:
 
 
 _tables_of = operator.itemgetter("_modules", "_parameters")
-_found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+_KEY = "_patchfastrl_found"  # in the model's attributes: kept elsewhere, what is found would keep the model alive
 _looked_at: weakref.WeakSet[nn.Module] | None = None
 
 
@@ -84,9 +91,9 @@ def remembered(ask: Callable[[nn.Module], T]) -> Callable[[nn.Module], T]:
     """`ask(model)`, computed again only when the model has changed. Callers must not change the answer."""
 
     def answer(model: nn.Module) -> T:
-        found = _found.get(model)
+        found = vars(model).get(_KEY)
         if found is None or not (model in (_looked_at or ()) or found.holds(model)):
-            found = _found[model] = _Found(model)
+            found = vars(model)[_KEY] = _Found(model)
         if _looked_at is not None:
             _looked_at.add(model)
         if ask not in found.answers:

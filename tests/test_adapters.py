@@ -603,3 +603,7 @@ def test_explicit_requests(pair: tuple[Any, Any], tmp_path: Path) -> None:
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=requests)
         assert [list(o.outputs[0].token_ids) for o in outputs] == expected
     assert tiny.engine_greedy(llm, PROMPT) == current
+    with model.disable_adapter():
+        assert tiny.engine_greedy(llm, PROMPT, lora_request=request) == other
+    llm.publish()
+    assert tiny.engine_greedy(llm, PROMPT) == current

@@ -275,12 +275,6 @@ def test_a_piece_that_cannot_be_mapped_leaves_none_mapped(
     assert list(mapped.values()) == [False, False, False, True]
 
 
-if __name__ == "__main__":
-    import conftest  # noqa: F401  the same environment as under pytest
-
-    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
-
-
 def test_lora_kernels_forget_where_a_slot_was() -> None:
     from vllm.lora.ops.triton_ops import utils
 
@@ -295,3 +289,9 @@ def test_lora_kernels_forget_where_a_slot_was() -> None:
     cuda_slot_addresses.forget()
     assert not utils._LORA_A_PTR_DICT
     assert not utils._LORA_B_PTR_DICT
+
+
+if __name__ == "__main__":
+    import conftest  # noqa: F401  the same environment as under pytest
+
+    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))

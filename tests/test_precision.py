@@ -211,7 +211,7 @@ def private(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     plan = make_plan(engine_model, model, cast=True)
     materialise(engine_model, model, plan, torch.device("cpu"))
     llm.shared = Shared.of(model, engine_model, plan)
-    own_memory(llm.shared, contextlib.nullcontext())
+    own_memory(llm.shared, [], contextlib.nullcontext())
     llm.copies = Copies(llm.shared, merges=False)
     return llm, model
 

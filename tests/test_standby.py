@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,42 @@ def test_the_slot_is_released_and_filled_again(with_slot: tuple[Any, Any, Any], 
     assert not any(tensor.isnan().any() for tensor in memory)
 
 
+def test_waking_the_slot_behind_our_back(with_slot: tuple[Any, Any, Any]) -> None:
+    llm, model, memory = with_slot
+    llm.sleep(level=2)
+    llm.llm_engine.wake_up(["weights"])
+    llm.llm_engine.wake_up(["kv_cache"])
+    assert all(tensor.untyped_storage().nbytes() for tensor in memory)
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    llm.collective_rpc("sleep", kwargs={"level": 1})
+    llm.collective_rpc("wake_up", kwargs={"tags": ["kv_cache"]})
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+
+
+def test_no_adapter_is_loaded_into_a_released_slot(with_slot: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    llm, model, _ = with_slot
+    model.save_pretrained(tmp_path)
+    request = LoRARequest("saved", 7, str(tmp_path))
+    llm.sleep()
+    with pytest.raises(StandbyError, match="wake_up"):
+        llm.llm_engine.add_lora(request)
+    llm.wake_up()
+    assert llm.llm_engine.add_lora(request)
+    assert tiny.engine_greedy(llm, PROMPT, lora_request=request) == tiny.greedy(model, PROMPT)
+
+
+def test_the_engine_is_collected_with_its_model() -> None:
+    model = tiny.adapted(tiny.model("llama"))
+    llm = model.get_base_model().vllm_engine = tiny.engine(model, enable_sleep_mode=True)
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    left = weakref.ref(llm)
+    del llm, model
+    gc.collect()
+    assert left() is None
+
+
 def test_an_adapter_published_while_asleep_is_there_when_awake(with_slot: tuple[Any, Any, Any]) -> None:
     llm, model, memory = with_slot
     llm.sleep()
@@ -462,9 +499,14 @@ def test_an_adapter_published_while_asleep_is_there_when_awake(with_slot: tuple[
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in memory)
     llm.wake_up()
     assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
-    tiny.scramble(model, seed=5)
-    with pytest.raises(AdapterError, match="stale"):  # once: afterwards the trainer says when
-        tiny.engine_greedy(llm, PROMPT)
+    for asleep in False, True:  # once: afterwards the trainer says when
+        tiny.scramble(model, seed=5)
+        if asleep:
+            lose(llm, memory)
+        with pytest.raises(AdapterError, match="Publish it before sampling"):
+            tiny.engine_greedy(llm, PROMPT)
+    llm.publish()
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["alone", "beside ours"])
