@@ -10,7 +10,6 @@ trainer's weights are only ever read.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -105,17 +104,6 @@ class Copies:
             self.releases += 1
             with uninterrupted():
                 self._scratch.release()
-
-    def watch(self, worker: Any) -> None:
-        """Notice when vLLM's worker is put to sleep past the engine, too."""
-        before, this = worker.sleep, weakref.ref(self)  # the engine must not keep the model alive
-
-        def sleep(*args: Any, **kwargs: Any) -> Any:
-            if (copies := this()) is not None:
-                copies.release()
-            return before(*args, **kwargs)
-
-        worker.sleep = sleep
 
     @torch.no_grad()
     def refresh(self, adapter: bool = True) -> bool:

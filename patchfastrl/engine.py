@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -258,11 +258,12 @@ def build(
     cuda_weight_pool.wake_with_the_cache(llm.worker)
     if max_lora_rank is not None:
         llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
+        _before_sleep(llm.worker, llm.slot.lose)
         if on_cpu:
             cpu_lora.install(llm.model_runner.lora_manager._adapter_manager.modules.values())
     scratch: Scratch | None = None
     if llm.copies is not None:
-        llm.copies.watch(llm.worker)
+        _before_sleep(llm.worker, llm.copies.release)
         if on_cpu and not sleep_mode:
             scratch = cpu_standby.Storages({cuda_weight_pool.OWN_WEIGHTS: llm.copies.storages()})
         elif not sleep_mode and cuda_weight_pool.usable():
@@ -283,6 +284,18 @@ def build(
     llm.seconds["build"] = time.perf_counter() - start
     logger.warning(start_block.of(llm, sleep_mode))
     return llm
+
+
+def _before_sleep(worker: Any, call: Callable[[], None]) -> None:
+    """`call`, a method, whenever vLLM's worker is put to sleep, past the engine too. The worker keeps nobody alive."""
+    sleep, method = worker.sleep, weakref.WeakMethod(call)
+
+    def call_first(*args: Any, **kwargs: Any) -> Any:
+        if (alive := method()) is not None:
+            alive()
+        return sleep(*args, **kwargs)
+
+    worker.sleep = call_first
 
 
 def _share_of_the_rest(shape: plan.Shape, run: plan.Run, kwargs: dict[str, Any]) -> plan.Run:

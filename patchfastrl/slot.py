@@ -10,7 +10,6 @@ from.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +73,6 @@ class Slot:
         self._manager = worker.model_runner.lora_manager._adapter_manager
         self._plan = plan
         self.serve(model)
-        self._watch(worker)
 
     def serve(self, model: nn.Module) -> None:
         """The adapter in training is one of `model`'s, and has not been published."""
@@ -169,19 +167,9 @@ class Slot:
 
     # Publishing -----------------------------------------------------------------------------------------------------
 
-    def _watch(self, worker: Any) -> None:
-        """Notice when vLLM's worker is put to sleep: what the slot holds is lost, ours and what vLLM knows of."""
-        before, this = worker.sleep, weakref.ref(self)  # the engine must not keep the model alive
-
-        def sleep(*args: Any, **kwargs: Any) -> Any:
-            if (slot := this()) is not None:
-                slot._lose()
-            return before(*args, **kwargs)
-
-        worker.sleep = sleep
-
     @torch.no_grad()
-    def _lose(self) -> None:
+    def lose(self) -> None:
+        """The memory is about to be released: what it holds is lost, ours and what vLLM knows of."""
         if self.version and self.lost is None and (index := self._index()) is not None:
             self.lost = digests([torch.cat(self._held(index).flat)])
         for other in self._manager.list_adapters().keys() - {ADAPTER_ID}:
