@@ -51,30 +51,34 @@ def pool() -> contextlib.AbstractContextManager[Any]:
 
 
 def wake_with_the_cache(worker: Any) -> None:
-    """Whoever wakes only the KV cache of this worker wakes our tag too; and no adapter is loaded while that sleeps."""
-    sleep, wake_up, asleep = worker.sleep, worker.wake_up, False
+    """Whoever wakes only the KV cache of this worker wakes our tag too; and no adapter is loaded while that sleeps.
 
-    def then_asleep(*args: Any, **kwargs: Any) -> None:
-        nonlocal asleep
-        sleep(*args, **kwargs)
-        asleep = True
+    What sleeps is not put to sleep again, and what is awake is not woken again: releases before 0.30 would release or
+    map the memory a second time, which CUDA refuses.
+    """
+    sleep, wake_up = worker.sleep, worker.wake_up
+    asleep: set[str] = set()
 
-    def woken(tags: list[str] | None = None) -> None:
-        nonlocal asleep
-        if tags is not None and "kv_cache" in tags and asleep:
-            tags = [*tags, OWN_WEIGHTS]
-        wake_up(tags)
-        asleep = asleep and tags is not None and OWN_WEIGHTS not in tags
+    def asleep_once(*args: Any, **kwargs: Any) -> None:
+        if not asleep:
+            asleep.update(("kv_cache", OWN_WEIGHTS))
+            sleep(*args, **kwargs)
+
+    def woken_once(tags: list[str] | None = None) -> None:
+        wanted = {"kv_cache", OWN_WEIGHTS} if tags is None or "kv_cache" in tags else {*tags}
+        if waking := sorted(wanted & asleep):
+            wake_up(waking)
+            asleep.difference_update(waking)
 
     def refusing(call: Any) -> Any:
         def refuse(*args: Any, **kwargs: Any) -> Any:
-            if asleep:
+            if OWN_WEIGHTS in asleep:
                 raise StandbyError("The engine's LoRA slot is released (standby). Call wake_up() first.")
             return call(*args, **kwargs)
 
         return refuse
 
-    worker.sleep, worker.wake_up = then_asleep, woken
+    worker.sleep, worker.wake_up = asleep_once, woken_once
     worker.add_lora, worker.pin_lora = refusing(worker.add_lora), refusing(worker.pin_lora)
 
 

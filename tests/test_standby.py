@@ -42,11 +42,28 @@ def close_all() -> None:
         llm.close("the test is over.")
 
 
+def map_once(llm: Any) -> Any:
+    """From now on this engine's memory is as strict as a GPU's: neither released nor taken twice."""
+    storages, (release, take) = llm._standby, (llm._standby.release, llm._standby.take)
+
+    def release_once() -> None:
+        assert storages.resident, "released twice"
+        release()
+
+    def take_once(tags: list[str] | None = None) -> None:
+        for number, (tag, _, _) in enumerate(storages._storages):
+            assert number in storages._released or not (tags is None or tag in tags), "taken twice"
+        take(tags)
+
+    storages.release, storages.take = release_once, take_once
+    return llm
+
+
 @pytest.fixture(scope="module")
 def shared() -> Iterator[tuple[Any, Any]]:
     """An engine and its model."""
     model = tiny.model("qwen2-tied")
-    yield tiny.engine(model, enable_sleep_mode=True), model
+    yield map_once(tiny.engine(model, enable_sleep_mode=True)), model
     close_all()
 
 
@@ -201,6 +218,13 @@ def test_waking_behind_our_back(pair: tuple[Any, Any]) -> None:
     assert_consistent(llm, model)
     llm.collective_rpc("sleep", kwargs={"level": 2})
     llm.collective_rpc("wake_up")
+    assert_consistent(llm, model)
+    llm.sleep()
+    llm.collective_rpc("sleep")
+    llm.collective_rpc("wake_up", kwargs={"tags": ["kv_cache"]})
+    llm.collective_rpc("wake_up")
+    assert_asleep(llm)
+    llm.wake_up()
     assert_consistent(llm, model)
 
 
@@ -428,7 +452,7 @@ def with_slot() -> Iterator[tuple[Any, Any, Any]]:
     from patchfastrl.slot import memory_of
 
     model = tiny.adapted(tiny.model("llama"), r=4, target_modules=["q_proj", "down_proj"])
-    llm = tiny.engine(model, enable_sleep_mode=True)
+    llm = map_once(tiny.engine(model, enable_sleep_mode=True))
     yield llm, model, memory_of(llm.worker)
     close_all()
 
