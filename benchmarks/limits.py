@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, help="vllm_gpu_memory_utilization, as a share of the cap (default: what "
                         "the model and the optimizer leave, but 1 GiB)")  # fmt: skip
     parser.add_argument("--no-standby", action="store_true", help="the KV cache stays while training")
+    parser.add_argument("--engine-first", action="store_true", help="build the engine before there is an adapter, as "
+                        "FastLanguageModel does, and say how much is in use when it sleeps")  # fmt: skip
     parser.add_argument("--rollouts", choices=("merged", "adapter"), help="as in PatchFastRL(rollouts=...)")
     parser.add_argument("--liger", action="store_true", help="use_liger_kernel: TRL's chunked loss")
     parser.add_argument("--rank", type=int, default=32)
@@ -59,6 +61,8 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--hold", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.engine_first and options.side == "stock":
+        parser.error("--engine-first: stock TRL builds the engine itself")
     if options.hold is not None:
         hold(options.hold)
         return
@@ -191,6 +195,17 @@ def steps(
     )  # fmt: skip
     lora = LoraConfig(r=job["rank"], lora_alpha=job["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
     found["phase"] = "building the engine"
+    if job["engine_first"]:
+        from patchfastrl import engine
+
+        model.vllm_engine = engine.build(
+            model, tokenizer, max_lora_rank=job["rank"], max_model_len=job["tokens"], max_num_seqs=many, seed=0,
+            gpu_memory_utilization=share, enable_sleep_mode=job["standby"], logprobs_mode="processed_logprobs",
+        )  # fmt: skip
+        model.vllm_engine.sleep()
+        if gpu:
+            torch.cuda.empty_cache()
+        memory.mark("engine asleep")
     trainer = GRPOTrainer(
         model=model, args=args, processing_class=tokenizer, peft_config=None if job["method"] == "full" else lora,
         **{**grid.given(sized), "train_dataset": prompts(8, prompt)},

@@ -142,6 +142,7 @@ def brought_along(model: nn.Module, wanted: dict[str, Any]) -> SharedLLM | None:
         )
     llm.adopt(model)
     _prepare_training(llm, model)
+    llm.wake_up()  # a trainer finds its engine awake
     audit(llm)
     return llm
 

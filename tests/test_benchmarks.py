@@ -139,6 +139,15 @@ def test_limits_say_where_the_bytes_are_and_what_does_not_train(tmp_path: Path) 
     assert said.count("  DOES NOT TRAIN: ") == 1
 
 
+def test_limits_with_the_engine_before_the_adapter(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    script("limits.py", "--model", "tiny", "--tokens", 64, "--completion", 32, "--engine-first", "--json", file)
+    (trains,) = json.loads(file.read_text())
+    assert trains["phase"] == "done"
+    assert list(trains["marks"])[2:4] == ["engine asleep", "ready"]
+    script("limits.py", "--model", "tiny", "--engine-first", "--side", "stock", status=2)
+
+
 def test_the_peak_while_loading_is_worked_out(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     said = script("loading.py", "--model", "tiny", "--method", "lora in the slot", "--json", file)

@@ -65,12 +65,16 @@ def test_current_base_and_explicit_adapters(path, tmp_path):
         assert sampled(model, prompt) == base
 
 
-def test_a_trainer_uses_the_engine_that_the_model_brought(path, tmp_path):
+@pytest.mark.parametrize("asleep", [False, True], ids=["awake", "asleep"])
+def test_a_trainer_uses_the_engine_that_the_model_brought(path, tmp_path, monkeypatch, asleep):
+    monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", str(int(asleep)))
     PatchFastRL("GRPO", FastLanguageModel)
     from trl import GRPOConfig, GRPOTrainer
 
     model, tokenizer = load(path)
     model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    if asleep:
+        model.vllm_engine.sleep()
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
@@ -91,6 +95,7 @@ def test_a_trainer_uses_the_engine_that_the_model_brought(path, tmp_path):
         train_dataset=tiny.prompts(16),
     )
     assert trainer.vllm_generation.llm is model.vllm_engine
+    assert model.vllm_engine.awake is not asleep
     trainer.train()
     differences = [h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history[:-1]]
     assert len(differences) == 3
