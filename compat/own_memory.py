@@ -9,11 +9,14 @@ Until: vLLM has a step between loading and the KV cache.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from vllm.platforms import current_platform
 
+from patchfastrl import memory
 from patchfastrl.errors import SharingError
 
 from .replaced import replaced
@@ -35,6 +38,7 @@ def after_profiling(allocate: Callable[[Any], int]) -> Iterator[None]:
     def then_allocate(self: Any) -> int:
         nonlocal allocated
         allocated = True
+        _know_of_what_was_freed(self)
         available = measure(self)
         taken = allocate(self)
         return available if getattr(self.cache_config, "kv_cache_memory_bytes", None) else available - taken
@@ -43,3 +47,15 @@ def after_profiling(allocate: Callable[[Any], int]) -> Iterator[None]:
         yield
     if not allocated:
         raise SharingError("vLLM built an engine without asking what memory is left: its own weights have no memory.")
+
+
+def _know_of_what_was_freed(worker: Any) -> None:
+    """What of the trainer's, or of an engine before, went back to the device since this worker began.
+
+    vLLM takes it for another process that ends, and refuses (before 0.17 even if nothing was taken in the meantime).
+    """
+    snapshot = getattr(worker, "init_snapshot", None)
+    if snapshot is not None:
+        gc.collect()
+        memory.return_cached()
+        snapshot.free_memory = max(snapshot.free_memory, torch.cuda.mem_get_info()[0] + 1)

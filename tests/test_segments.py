@@ -113,6 +113,28 @@ def test_torch_splits_free_blocks_while_vllm_loads(monkeypatch: pytest.MonkeyPat
         assert not hasattr(gpu_worker.Worker, "_scoped_allocator_max_split")
 
 
+@pytest.mark.parametrize(("began", "now"), [(5, 7), (7, 7), (9, 7)])
+def test_memory_that_went_back_while_an_engine_was_built_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, began: int, now: int
+) -> None:
+    """vLLM on a GPU refuses if more is free than when its worker began. Here the worker for CPUs is made to."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    measure, snapshot = CPUWorker.determine_available_memory, SimpleNamespace(free_memory=began)
+
+    def strict(self: Any) -> int:
+        assert self.init_snapshot.free_memory > now
+        return measure(self)
+
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", strict)
+    monkeypatch.setattr(CPUWorker, "init_snapshot", snapshot, raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (now, 10))
+    model = tiny.model("llama")
+    llm = tiny.engine(model)
+    assert tiny.engine_greedy(llm, tiny.ids(8)) == tiny.greedy(model, tiny.ids(8))
+    llm.close("the test is over.")
+
+
 # What a GPU would hold ------------------------------------------------------------------------------------------------
 
 
