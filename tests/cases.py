@@ -64,7 +64,7 @@ def teacher(folder: Path) -> Any:
 
     path = tiny.checkpoint(folder / "teacher")
     tiny.model(seed=7).save_pretrained(path)
-    return AutoModelForCausalLM.from_pretrained(path).float()
+    return AutoModelForCausalLM.from_pretrained(path).to(tiny.DEVICE, tiny.DTYPE)
 
 
 def contexts() -> Any:
@@ -218,13 +218,13 @@ def apart_from_engine(policy: Any, weights: dict[str, torch.Tensor], outputs: An
     for output in outputs:
         for sample in output.outputs:
             start = len(output.prompt_token_ids) - 1
-            ids = torch.tensor([[*output.prompt_token_ids, *sample.token_ids]])
+            ids = torch.tensor([[*output.prompt_token_ids, *sample.token_ids]], device=policy.device)
             said = torch.tensor([p[t].logprob for t, p in zip(sample.token_ids, sample.logprobs, strict=True)])
             with torch.no_grad():
                 logits = torch.func.functional_call(
                     policy, weights, kwargs={"input_ids": ids, "use_cache": False}
                 ).logits
-            logps = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[start:, 0]
+            logps = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[start:, 0].cpu()
             largest = max(largest, float((said - logps).abs().max()))
     policy.train(training)
     return largest
@@ -263,8 +263,10 @@ class Watch:
         return outputs
 
 
-def outside_one_copy(trainer: Any) -> list[str]:
-    """The base parameters that do not lie in the engine's own storage."""
-    theirs = {p.untyped_storage().data_ptr() for p in engine_of(trainer).model_runner.model.parameters()}
-    base = [(n, p) for n, p in policy_of(trainer).named_parameters() if "lora_" not in n]
+def outside_one_copy(trainer: Any, policy: Any = None) -> list[str]:
+    """The base parameters that do not lie in the engine's own storage, but for those that it has merged copies of."""
+    shared, policy = engine_of(trainer).shared, policy_of(trainer) if policy is None else policy
+    theirs = {p.untyped_storage().data_ptr() for p in shared.engine_model.parameters()}
+    copied = {shared.parameters[n].data_ptr() for n, (home, _) in shared.plan.views.items() if home in shared.plan.own}
+    base = [(n, p) for n, p in policy.named_parameters() if "lora_" not in n and p.data_ptr() not in copied]
     return [n for n, p in base if p.untyped_storage().data_ptr() not in theirs]

@@ -15,6 +15,7 @@ import gc
 import inspect
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,7 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+if shutil.which("nvidia-smi") is None:  # on a GPU vLLM compiles, and so do the scripts that import this one
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 

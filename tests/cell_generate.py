@@ -80,8 +80,8 @@ def config(made: Any, folder: Path, **own: Any) -> Any:
     common = {
         "output_dir": str(folder), "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 2,
         "max_steps": UPDATES, "logging_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "optim": "sgd", "report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True,
-        "gradient_checkpointing": False, "gradient_accumulation_steps": 1,
+        "optim": "sgd", "report_to": [], "save_strategy": "no", "use_cpu": not tiny.GPU, "bf16": tiny.GPU,
+        "disable_tqdm": True, "gradient_checkpointing": False, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     return made(**{**common, **own})
 
@@ -212,9 +212,9 @@ def mixture_generates() -> bool:
     trainer, _ = classes("nash_md", "NashMD")
     how = GenerationConfig(max_new_tokens=2, do_sample=True, pad_token_id=0, eos_token_id=1)
     mixture = sys.modules[trainer.__module__].GeometricMixtureWrapper
-    made = mixture(tiny.model(), tiny.model(seed=7), how, mixture_coef=0.5, device=torch.device("cpu"))
+    made = mixture(tiny.model(), tiny.model(seed=7), how, mixture_coef=0.5, device=torch.device(tiny.DEVICE))
     try:
-        made.generate(torch.tensor([tiny.ids(4)]))
+        made.generate(torch.tensor([tiny.ids(4)], device=tiny.DEVICE))
     except AttributeError as error:
         if error.obj is not made and error.obj is not mixture:
             raise
@@ -316,6 +316,7 @@ class Watch:
 
 def patched(key: str, mode: str, folder: Path) -> dict[str, Any]:
     import torch
+    from cases import outside_one_copy
     from transformers import set_seed
 
     lora, name = MODES[mode], f"{key} {mode}"
@@ -323,9 +324,8 @@ def patched(key: str, mode: str, folder: Path) -> dict[str, Any]:
     set_seed(0)
     trainer = MAKERS[key](folder, lora)
     llm, policy = trainer.llm, policy_of(trainer)
-    ours = {p.untyped_storage().data_ptr() for n, p in policy.named_parameters() if "lora_" not in n}
-    theirs = {p.untyped_storage().data_ptr() for p in llm.shared.engine_model.parameters()}
-    cell.check(f"{name}: one storage", ours <= theirs, f"{len(llm.shared.plan.views)} parameters")
+    outside = outside_one_copy(trainer, policy)
+    cell.check(f"{name}: one storage", not outside, f"{len(llm.shared.plan.views)} parameters, outside: {outside}")
     draws: list[list[int]] = []
     before, watch, draw = llm.shared.checksum(), Watch(llm, policy, draws), torch.multinomial
 
@@ -339,10 +339,10 @@ def patched(key: str, mode: str, folder: Path) -> dict[str, Any]:
     cell.check(f"{name}: trained", found["moved"] > 1e-4, f"{found['moved']:.1e}")
     cell.check(f"{name}: base {'unchanged' if lora else 'trained'}", (llm.shared.checksum() == before) == lora)
     cell.check(
-        f"{name}: sampled from the current weights", len(watch.off) >= UPDATES and max(watch.off) < 1e-3, watch.off
+        f"{name}: sampled from the current weights", len(watch.off) >= UPDATES and max(watch.off) < tiny.CLOSE, watch.off
     )
     if lora:
-        cell.check(f"{name}: the adapter is applied", min(watch.apart) > 1e-2, watch.apart)
+        cell.check(f"{name}: the adapter is applied", min(watch.apart) > tiny.FAR, watch.apart)
         cell.check(f"{name}: asleep after sampling", not llm.awake)
     del trainer, llm, policy, watch
     gc.unfreeze()
@@ -435,10 +435,11 @@ def main() -> None:
         torch.save({run: found["draws"] for run, found in runs.items()}, folder / "draws.pt")
         refusals(folder)
         UnpatchFastRL()
-        subprocess.run([sys.executable, __file__, *chosen, "--stock", str(folder)], check=True, timeout=600)
-        theirs = torch.load(folder / "stock.pt")
-        for run, ours in runs.items():
-            compare(run, ours, theirs[run])
+        if not tiny.GPU:  # in half precision the same tokens' figures are too far apart to say anything
+            subprocess.run([sys.executable, __file__, *chosen, "--stock", str(folder)], check=True, timeout=600)
+            theirs = torch.load(folder / "stock.pt")
+            for run, ours in runs.items():
+                compare(run, ours, theirs[run])
     checks, seconds = cell.results["checks"], round(time.perf_counter() - start, 1)
     cell.results["seconds"] = seconds
     if options.json:

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+GPU = torch.cuda.is_available()  # the tests run without one; tests/cell_trainers.py and tests/cell_generate.py with it
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+CLOSE, FAR = (0.3, 1.0) if GPU else (1e-3, 1e-2)  # differences of log-probabilities
+
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789+-=?.,", "the", "cat", "sat", "on", "mat"]
 
 
@@ -84,7 +88,7 @@ FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama", "mistral", "gemma", "gemma2
 
 def model(
     family: str = "qwen2-tied",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = DTYPE,
     seed: int = 0,
     positions: int = 256,
     layers: int = 2,
@@ -102,10 +106,10 @@ def model(
         for parameter in made.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
-    return made.to(dtype)
+    return made.to(DEVICE, dtype)
 
 
-def checkpoint(folder: Path, family: str = "qwen2-tied", dtype: torch.dtype = torch.float32) -> str:
+def checkpoint(folder: Path, family: str = "qwen2-tied", dtype: torch.dtype = DTYPE) -> str:
     """A saved model with its tokenizer; returns the path."""
     model(family, dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -201,7 +205,8 @@ def logprobs(model: Any, sequence: list[int]) -> torch.Tensor:
     was = model.training
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, :-1].float()
+        given = torch.tensor([sequence], device=next(model.parameters()).device)
+        logits = model(input_ids=given, use_cache=False).logits[0, :-1].float().cpu()
     model.train(was)
     return logits.log_softmax(-1).gather(1, torch.tensor(sequence[1:])[:, None])[:, 0]
 
@@ -245,8 +250,8 @@ def quick(folder: Any) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "report_to": [],
         "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not GPU,
+        "bf16": GPU,
         "disable_tqdm": True,
         "vllm_gpu_memory_utilization": 0.2,
     }
