@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -50,44 +50,68 @@ def pool() -> contextlib.AbstractContextManager[Any]:
     return CuMemAllocator.get_instance().use_memory_pool(tag=OWN_WEIGHTS)
 
 
-def wake_with_the_cache(worker: Any) -> None:
-    """Whoever wakes only the KV cache of this worker wakes our tag too; and no adapter is loaded while that sleeps.
+class Asleep:
+    """What of a worker's memory is released, whoever put it to sleep and woke it: past the engine, too.
 
-    What sleeps is not put to sleep again, and what is awake is not woken again: releases before 0.30 would release or
-    map the memory a second time, which CUDA refuses.
+    Whoever wakes only the KV cache wakes our tag as well; and no adapter is loaded while that sleeps. What sleeps is
+    not put to sleep again, and what is awake is not woken again: releases before 0.30 would release or map the memory
+    a second time, which CUDA refuses.
+
+    Args:
+        able: whether there is anything that could sleep.
+
+    Attributes:
+        releases: how often the contents were lost.
     """
-    sleep, wake_up = worker.sleep, worker.wake_up
-    asleep: set[str] = set()
 
-    def asleep_once(*args: Any, **kwargs: Any) -> None:
-        if not asleep:
-            asleep.update(("kv_cache", OWN_WEIGHTS))
-            sleep(*args, **kwargs)
+    def __init__(self, worker: Any, able: bool) -> None:
+        self._able = able
+        self._sleep, self._wake_up = worker.sleep, worker.wake_up
+        self._tags: set[str] = set()
+        self.releases = 0
+        worker.sleep, worker.wake_up = self.release, self.take
+        worker.add_lora, worker.pin_lora = self._refusing(worker.add_lora), self._refusing(worker.pin_lora)
 
-    def woken_once(tags: list[str] | None = None) -> None:
+    @property
+    def resident(self) -> bool:
+        return not self._tags
+
+    def release(self, *args: Any, **kwargs: Any) -> None:
+        if not self._able:
+            raise StandbyError("This engine was built without standby. Set UNSLOTH_VLLM_STANDBY=1 before it is built.")
+        if self.resident:
+            self._tags.update(("kv_cache", OWN_WEIGHTS))
+            self.releases += 1
+            self._sleep(*args, **kwargs)
+
+    def take(self, tags: list[str] | None = None) -> None:
+        """Raises StandbyError, with nothing taken, if the device has not enough left."""
         wanted = {"kv_cache", OWN_WEIGHTS} if tags is None or "kv_cache" in tags else {*tags}
-        if waking := sorted(wanted & asleep):
-            wake_up(waking)
-            asleep.difference_update(waking)
+        if taking := sorted(wanted & self._tags):
+            needed = nbytes(taking)
+            if needed and (free := torch.cuda.mem_get_info()[0]) < needed:
+                raise StandbyError(
+                    f"Waking the engine takes {memory.gib(needed)} of the GPU, and {memory.gib(free)} are left. Free "
+                    "what else the script keeps there, and try again; or lower vllm_gpu_memory_utilization."
+                )
+            self._wake_up(taking)
+            self._tags.difference_update(taking)
 
-    def refusing(call: Any) -> Any:
+    def _refusing(self, call: Any) -> Any:
         def refuse(*args: Any, **kwargs: Any) -> Any:
-            if OWN_WEIGHTS in asleep:
+            if OWN_WEIGHTS in self._tags:
                 raise StandbyError("The engine's LoRA slot is released (standby). Call wake_up() first.")
             return call(*args, **kwargs)
 
         return refuse
 
-    worker.sleep, worker.wake_up = asleep_once, woken_once
-    worker.add_lora, worker.pin_lora = refusing(worker.add_lora), refusing(worker.pin_lora)
 
-
-def nbytes() -> int:
-    """Of all that was allocated in vLLM's pool, whether it is there or released."""
+def nbytes(tags: Collection[str] | None = None) -> int:
+    """Of what was allocated in vLLM's pool under these tags, or any, whether it is there or released."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    allocator = CuMemAllocator.instance
-    return 0 if allocator is None else sum(piece.handle[1] for piece in allocator.pointer_to_data.values())
+    pieces = () if CuMemAllocator.instance is None else CuMemAllocator.instance.pointer_to_data.values()
+    return sum(piece.handle[1] for piece in pieces if tags is None or piece.tag in tags)
 
 
 class Scratch:

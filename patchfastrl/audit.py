@@ -73,7 +73,7 @@ def _probe(llm: SharedLLM, what: str, length: int = 24) -> None:
     ids = [(7 + 31 * i) % text_config.vocab_size for i in range(length)]
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     training = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         output = llm.generate([{"prompt_token_ids": ids}], sampling_params=params, use_tqdm=False)[0]
         model.eval()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -20,6 +21,7 @@ from vllm.platforms import current_platform
 
 from . import (
     adapters,
+    end,
     guards,
     install,
     materialise,
@@ -107,6 +109,11 @@ def check_model(model: nn.Module, placed: bool = False) -> None:
                 f"The model is on {', '.join(sorted(map(str, devices)))} and vLLM runs on {device().type}. Put the "
                 "whole model on that device (no device_map that splits or off-loads it)."
             )
+        if next(iter(devices)).index:
+            raise UnsupportedError(
+                f"The model is on {next(iter(devices))}, and an engine in this process runs on the first GPU that it "
+                "sees. Choose the GPU with CUDA_VISIBLE_DEVICES, and leave the model on the first."
+            )
     if (name := adapters.active_adapter(model)) is not None:
         adapters.adapters_of(model, name)
 
@@ -176,7 +183,7 @@ def build(
     dtype = dtype_of(model)
     cast = packed or (dtype == torch.float32 and not on_cpu)
     dtype = torch.bfloat16 if dtype == torch.float32 and not on_cpu else dtype
-    taken = 0 if on_cpu else memory.taken_by_others()
+    taken = 0 if on_cpu else memory.taken_beside(model)
     shape, run = plan.of_trainer(model, args, {**kwargs, "enable_sleep_mode": sleep_mode}, taken, max_lora_rank)
     if not on_cpu:
         run = _share_of_the_rest(shape, run, kwargs)
@@ -256,7 +263,7 @@ def build(
     if on_cpu:
         asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
         llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
-    cuda_weight_pool.wake_with_the_cache(llm.worker)
+    llm._asleep = cuda_weight_pool.Asleep(llm.worker, llm.can_sleep)
     if max_lora_rank is not None:
         llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
         _before_sleep(llm.worker, llm.slot.lose)
@@ -275,7 +282,18 @@ def build(
     memory.collect_rarely(True)
     guards.protect(llm)
     keys = list(llm.shared.keys.values())
-    llm._end = weakref.finalize(llm, _discard, llm.llm_engine, keys, llm._standby, scratch, folder)
+    llm._reachable = functools.partial(end.reachable, llm._asleep, llm._standby, scratch)
+    llm._end = weakref.finalize(
+        llm,
+        end.discard,
+        llm.llm_engine,
+        llm.worker,
+        llm.shared.engine_model,
+        keys,
+        llm._reachable,
+        llm._standby,
+        folder,
+    )
     llm._end.atexit = False  # the process' end frees everything anyway
     try:
         audit(llm)
@@ -364,22 +382,3 @@ def _loader(on_load: Any) -> Iterator[None]:
         yield
     finally:
         del _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT]
-
-
-def _discard(
-    engine: Any, keys: list[int], standby: cpu_standby.Storages | None, scratch: Scratch | None, folder: ConfigFolder
-) -> None:
-    """The end of an engine: by `close`, by garbage collection, or at exit."""
-    guards.release(keys)
-    memory.collect_rarely(bool(live))
-    # CUDA: freeing memory that is unmapped leaves vLLM's allocator in an error that the next engine inherits.
-    if engine.engine_core.is_sleeping():
-        engine.wake_up(None)
-    if scratch is not None:
-        scratch.take()
-    with cpu_heap.not_walked() if standby is not None else contextlib.nullcontext():
-        engine.engine_core.shutdown()
-    if standby is not None:
-        standby.release()  # at once, not when the collector gets round to vLLM's cycles
-    cuda_slot_addresses.forget()
-    folder.cleanup()

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -50,6 +50,7 @@ class SharedLLM(LLM):
     merging: bool  # whether an adapter is to be merged, if the copies hold all that it changes
     can_sleep: bool
     _end: weakref.finalize
+    _reachable: Callable[[], None]  # before the end
 
     def __init__(self, **kwargs: Any) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -60,7 +61,8 @@ class SharedLLM(LLM):
         self._closed: str | None = None
         self._failed = ""
         self._samples_in: int | None = None  # the thread in which a batch runs
-        self._standby: cpu_standby.Storages | None = None
+        self._asleep: cuda_weight_pool.Asleep | None = None  # of the worker's memory; None: it is being built
+        self._standby: cpu_standby.Storages | None = None  # what that is on a CPU
         self._weights: Any = None  # those of the latest batch
         self._publish_first = False  # when the next batch begins
         self._prefixes_of: Any = None  # those that vLLM's prefix cache was filled with; None: others than now
@@ -214,7 +216,7 @@ class SharedLLM(LLM):
         self.shared.check()
         if self.copies is not None and not published and adapters.publishing():
             self.copies.check(adapter)
-        releases = None if self._standby is None else self._standby.releases  # also by a worker's own `sleep`
+        releases = None if self._asleep is None else self._asleep.releases  # also by a worker's own `sleep`
         self._weights = (self.shared.checksum(), releases)
 
     def drop_prefixes(self) -> None:
@@ -257,15 +259,19 @@ class SharedLLM(LLM):
 
     @property
     def awake(self) -> bool:
-        core = self.llm_engine.engine_core
-        resident = self._standby is None or self._standby.resident
-        return resident and not core.is_sleeping()
+        resident = self._asleep is None or self._asleep.resident
+        return resident and not self.llm_engine.engine_core.is_sleeping()
 
     def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
         """Release the KV cache, and what else only sampling needs: copies, the adapter's slot.
 
         Weights stay where they are at every level (level 0 only pauses, as in vLLM).
+
+        Raises:
+            StandbyError: the engine was built without standby.
         """
+        if level and not self.can_sleep:
+            raise StandbyError("This engine was built without standby. Set UNSLOTH_VLLM_STANDBY=1 before it is built.")
         if not self.llm_engine.model_executor.is_sleeping:
             with self._timed("sleep"), uninterrupted(), _nothing_to_collect():
                 if level and self.copies is not None:
@@ -273,15 +279,19 @@ class SharedLLM(LLM):
                 super().sleep(min(level, 1), *args, **kwargs)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Restore the KV cache. Waking only "weights" has nothing to do: they never left."""
+        """Restore the KV cache. Waking only "weights" has nothing to do: they never left.
+
+        Raises:
+            StandbyError: the GPU has not enough memory left. Free some, and call it again.
+        """
         if tags is not None and not {"kv_cache", "scheduling"} & set(tags):
             return
         with self._timed("wake"), uninterrupted():
-            if self.llm_engine.engine_core.is_sleeping():
+            if not self.awake:
                 memory.make_room(cuda_weight_pool.nbytes())
+            if self.llm_engine.engine_core.is_sleeping():
                 self._wake()
-            if self._standby is not None and not self._standby.resident:
-                self.worker.wake_up(None)  # the worker was put to sleep directly
+            self.worker.wake_up(None)  # nothing to do, but where the worker was put to sleep directly
 
     def _wake(self) -> None:
         """The engine's own weights first: on a GPU they are made while the driver maps the KV cache."""
@@ -343,9 +353,15 @@ class SharedLLM(LLM):
             )
 
     def close(self, reason: str) -> None:
-        """Shut down and give the memory back. The trainer's parameters keep their storage."""
+        """Shut down and give the memory back. The trainer's parameters keep their storage.
+
+        Raises:
+            StandbyError: the engine is asleep, and a GPU has not enough memory left to wake it once more: what is not
+                mapped cannot be freed. Nothing has changed then.
+        """
         if self._closed:
             return
+        self._reachable()
         self._closed = reason
         live.discard(self)
         if self.recompute is not None:

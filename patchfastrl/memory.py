@@ -9,9 +9,11 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from .errors import UnsupportedError
 from .install import settings
+from .packed import storages_of
 
 SPARE = 10  # with recompute="least", this part of the device stays free
 
@@ -111,6 +113,12 @@ def make_workspace(device: torch.device) -> None:
         torch.mm(one, one)
 
 
+def return_workspaces() -> None:
+    """cuBLAS has one for each stream that ever multiplied; those in use are made again."""
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 def return_freed() -> None:
     """Give what was freed back: a GPU's memory, and the host's, which glibc keeps for later allocations."""
     return_cached()
@@ -156,6 +164,15 @@ def taken_by_others() -> int:
         return 0
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
+
+
+def taken_beside(model: nn.Module) -> int:
+    """`taken_by_others`, and what else this process has there: a reference model, a trainer before this one."""
+    if not torch.cuda.is_available():
+        return 0
+    storages = [t.untyped_storage() for p in model.parameters() for t in storages_of(p)]
+    ours = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    return taken_by_others() + max(torch.cuda.memory_allocated() - ours, 0)
 
 
 def kv_cache_of(config: Any, dtype: torch.dtype, engine: dict[str, Any]) -> tuple[int, int, int]:

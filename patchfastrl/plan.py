@@ -47,7 +47,7 @@ class Run:
     checkpointing: bool = True
     float8_kv_cache: bool = False
     optimizer_bytes: int = 8  # a trained parameter: AdamW in float32
-    taken: int = 0  # bytes of the device that other processes hold
+    taken: int = 0  # bytes of the device that other processes hold, or this one beside the trainer
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def of_trainer(model: Any, args: Any, engine: dict[str, Any], taken: int, rank: 
         args: its configuration.
         engine: `vllm.LLM` arguments.
         rank: of the engine's adapter slot. A bare model that gets one is to be trained with an adapter.
-        taken: bytes of the device that other processes hold.
+        taken: bytes of the device that other processes hold, or this one beside the trainer.
     """
     from peft import PeftModel
 

@@ -117,6 +117,9 @@ def configure(
     if not beside and (standby := standby_requested()) is not None:
         _set_standby(args, standby)
     _refuse_unsupported(args, model, peft_config)
+    if args.n_gpu > 1:
+        logger.warning("PatchFastRL: one process trains and samples on one GPU, %s of %s.", args.device, args.n_gpu)
+        args._n_gpu = 1  # transformers would have a copy of the model on each
     sampling_overrides(args, completions)
     if isinstance(model, str) and loads_later:
         args.model_init_kwargs = _shareable_kwargs(model, args, peft_config, args.model_init_kwargs or {}, "dtype")
@@ -214,8 +217,12 @@ def load_model(create: Any, model: str, args: Any, peft_config: Any, kwargs: dic
         create: TRL's `create_model_from_path`, or a `from_pretrained` in its older releases.
         dtype: how `create` calls the precision: ``"dtype"`` or ``"torch_dtype"``.
     """
+    import torch
+
     if args.use_vllm:
         kwargs = _shareable_kwargs(model, args, peft_config, kwargs, dtype)
+        if torch.cuda.device_count() > 1:  # TRL's `device_map` would spread the model over all of them
+            kwargs = {"device_map": {"": args.device}, **kwargs}
     loaded = create(model, **kwargs)
     if args.use_vllm and getattr(args, "cast_lm_head_to_fp32", False) and str(loaded.dtype) != "torch.float32":
         raise _fp32_head(loaded.dtype)

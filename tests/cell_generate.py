@@ -339,7 +339,9 @@ def patched(key: str, mode: str, folder: Path) -> dict[str, Any]:
     cell.check(f"{name}: trained", found["moved"] > 1e-4, f"{found['moved']:.1e}")
     cell.check(f"{name}: base {'unchanged' if lora else 'trained'}", (llm.shared.checksum() == before) == lora)
     cell.check(
-        f"{name}: sampled from the current weights", len(watch.off) >= UPDATES and max(watch.off) < tiny.CLOSE, watch.off
+        f"{name}: sampled from the current weights",
+        len(watch.off) >= UPDATES and max(watch.off) < tiny.CLOSE,
+        watch.off,
     )
     if lora:
         cell.check(f"{name}: the adapter is applied", min(watch.apart) > tiny.FAR, watch.apart)

@@ -275,6 +275,23 @@ def test_a_piece_that_cannot_be_mapped_leaves_none_mapped(
     assert list(mapped.values()) == [False, False, False, True]
 
 
+def test_what_this_process_has_beside_the_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference model, or a trainer before this one."""
+    import tiny
+
+    from patchfastrl import memory
+
+    model = tiny.model("qwen2-tied")
+    ours = sum(p.nbytes for p in model.parameters())
+    for name, value in {
+        "is_available": True, "mem_get_info": (10_000_000, 50_000_000), "memory_reserved": 30_000_000,
+        "memory_allocated": ours + 7_000_000,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert memory.taken_by_others() == 10_000_000
+    assert memory.taken_beside(model) == 17_000_000
+
+
 def test_lora_kernels_forget_where_a_slot_was() -> None:
     from vllm.lora.ops.triton_ops import utils
 

@@ -8,6 +8,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -480,6 +481,17 @@ def test_another_device_is_refused() -> None:
     model = tiny.model("qwen2").to("meta")
     with refused(model, "on meta and vLLM runs on cpu", kind=UnsupportedError):
         tiny.engine(model)
+
+
+def test_a_gpu_that_is_not_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from patchfastrl import engine
+
+    model = tiny.model("qwen2")
+    second = SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.setattr(engine, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(model, "parameters", lambda: iter([second]))
+    with pytest.raises(UnsupportedError, match=r"on cuda:1.*CUDA_VISIBLE_DEVICES"):
+        engine.check_model(model, placed=True)
 
 
 # Engines that compute with copies ------------------------------------------------------------------------------------

@@ -228,6 +228,40 @@ def test_waking_behind_our_back(pair: tuple[Any, Any]) -> None:
     assert_consistent(llm, model)
 
 
+@pytest.fixture
+def full_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The engine's memory is as if it were a GPU's, of which too little is left. `undo()` frees enough."""
+    from patchfastrl.compat import cuda_weight_pool
+
+    monkeypatch.setattr(cuda_weight_pool, "nbytes", lambda *_: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 << 30, 80 << 30))
+    return monkeypatch
+
+
+def test_waking_without_room_changes_nothing(pair: tuple[Any, Any], full_gpu: pytest.MonkeyPatch) -> None:
+    llm, model = pair
+    llm.sleep()
+    for _ in range(2):
+        with pytest.raises(StandbyError, match=r"takes 3.00 GiB .* 2.00 GiB are left"):
+            llm.wake_up()
+        assert_asleep(llm)
+    full_gpu.undo()
+    llm.wake_up()
+    assert_consistent(llm, model)
+
+
+def test_an_engine_without_standby_does_not_sleep(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, model = pair
+    monkeypatch.setattr(llm, "can_sleep", False)
+    monkeypatch.setattr(llm._asleep, "_able", False)
+    for sleep in (llm.sleep, llm.worker.sleep):
+        with pytest.raises(StandbyError, match="built without standby"):
+            sleep()
+    assert_consistent(llm, model)
+    llm.sleep(0)  # only pauses
+    llm.wake_up()
+
+
 def test_weights_written_while_asleep_are_followed(pair: tuple[Any, Any]) -> None:
     llm, model = pair
     block = llm.llm_engine.vllm_config.cache_config.block_size
@@ -513,6 +547,43 @@ def test_the_engine_is_collected_with_its_model() -> None:
     del llm, model
     gc.collect()
     assert left() is None
+
+
+def test_closing_without_room_changes_nothing(full_gpu: pytest.MonkeyPatch) -> None:
+    """A GPU's memory can be freed where it is mapped, so an engine that is asleep wakes for its end."""
+    from patchfastrl import end
+
+    model = tiny.adapted(tiny.model("llama"))
+    llm = tiny.engine(model, enable_sleep_mode=True)
+    llm._reachable = lambda: end.reachable(llm._asleep, None, None)
+    llm.sleep()
+    with pytest.raises(StandbyError, match="Free what else"):
+        tiny.engine(tiny.model("qwen2"))
+    full_gpu.undo()
+    llm.wake_up()
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
+    llm.close("the test is over.")
+
+
+def test_the_end_lets_go_of_the_memory_whoever_keeps_the_engines_model() -> None:
+    """On a GPU vLLM and torch's compiler do, until the garbage collector has come by twice."""
+    model = tiny.adapted(tiny.model("llama"))
+    expected = tiny.greedy(model, PROMPT)
+    llm = tiny.engine(model, enable_sleep_mode=True)
+    kept = llm.shared.engine_model
+    layers = [m for m in kept.modules() if hasattr(m, "kv_cache")]
+    slots = [m for m in kept.modules() if hasattr(m, "lora_a_stacked")]
+    held = [weakref.ref(t) for t in [*llm.worker.model_runner.kv_caches, *kept.parameters()]]
+    held += [weakref.ref(t) for m in slots for t in m.lora_a_stacked]
+    assert layers
+    assert slots
+    del llm
+    gc.collect()
+    assert [p.numel() for p in kept.parameters()] == [0] * len(list(kept.parameters()))
+    assert not any(len(m.kv_cache) for m in layers)
+    assert not any(len(m.lora_a_stacked) + len(m.lora_b_stacked) for m in slots)
+    assert all(ref() is None or ref().numel() == 0 for ref in held)
+    assert tiny.greedy(model, PROMPT) == expected
 
 
 def test_an_adapter_published_while_asleep_is_there_when_awake(with_slot: tuple[Any, Any, Any]) -> None:

@@ -17,6 +17,7 @@ import pytest
 import stock
 import tiny
 import torch
+import trl
 
 from patchfastrl import PatchFastRL, adapters, engine_report
 from patchfastrl.errors import AdapterError, PatchFastRLError
@@ -483,3 +484,43 @@ def test_the_reward_curve_is_stock_trl_s(stock_trl: tuple[Path, dict[str, Any]],
     with adapters.publishing_disabled():
         control = stock.curve(tmp_path / "control", 0)
     assert statistics.mean(control[-5:]) < 0.6
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_of_several_gpus_one_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, by_name: bool
+) -> None:
+    """TRL would spread a model over all of them, and transformers copy it to each."""
+    args = tiny.config(tmp_path)
+    assert args.n_gpu < 2
+    args._n_gpu = 2
+    model = tiny.checkpoint(tmp_path / "model") if by_name else tiny.model()
+    given = {} if by_name else {"processing_class": tiny.tokenizer()}
+    with monkeypatch.context() as several:
+        several.setattr(torch.cuda, "device_count", lambda: 2)
+        trainer = trl.GRPOTrainer(
+            model, reward_funcs=tiny.length_reward, args=args, train_dataset=tiny.prompts(16), **given
+        )
+    assert args.n_gpu == 1
+    assert "one process trains and samples on one GPU, cpu of 2" in caplog.text
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+    assert_in_step(trainer)
+
+
+def test_a_model_is_loaded_onto_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.trainer.utils import create_model_from_path
+
+    from patchfastrl import runtime
+
+    path, args, asked = tiny.checkpoint(tmp_path), tiny.config(tmp_path, use_vllm=True), []
+
+    def create(model: str, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("device_map"))
+        return create_model_from_path(model, **kwargs)
+
+    for number in (1, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
+        runtime.load_model(create, path, args, None, {}, "dtype")
+    runtime.load_model(create, path, args, None, {"device_map": "cpu"}, "dtype")
+    assert asked == [None, {"": args.device}, "cpu"]

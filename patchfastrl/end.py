@@ -1,0 +1,63 @@
+"""The end of an engine: whenever it comes, and whatever still refers to it, the next one finds the memory free."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from . import checksum, guards, memory, merge
+from .compat import cpu_heap, cpu_standby, cuda_slot_addresses, cuda_weight_pool
+from .config_folder import ConfigFolder
+from .copies import Scratch
+from .llm import live
+
+
+def reachable(asleep: cuda_weight_pool.Asleep, standby: cpu_standby.Storages | None, scratch: Scratch | None) -> None:
+    """On a GPU: freeing memory that is not mapped leaves vLLM's allocator in an error that the next engine inherits."""
+    if standby is None:
+        memory.return_cached()
+        asleep.take()
+        if scratch is not None:
+            scratch.take()
+
+
+def discard(
+    engine: Any,
+    worker: Any,
+    engine_model: nn.Module,
+    keys: list[int],
+    reach: Callable[[], None],
+    standby: cpu_standby.Storages | None,
+    folder: ConfigFolder,
+) -> None:
+    """The end of an engine: by `close`, or by garbage collection. All of it, whatever fails."""
+    with contextlib.ExitStack() as last_first:
+        last_first.callback(memory.return_cached)
+        last_first.callback(folder.cleanup)
+        last_first.callback(_let_go, engine_model, getattr(worker.model_runner, "kv_caches", []), standby)
+        last_first.callback(engine.engine_core.shutdown)
+        if standby is not None:
+            last_first.enter_context(cpu_heap.not_walked())
+        guards.release(keys)
+        memory.collect_rarely(bool(live))
+        reach()
+
+
+def _let_go(engine_model: nn.Module, kv_caches: list[Any], standby: cpu_standby.Storages | None) -> None:
+    """The memory goes at once, not when the collector gets round to vLLM's cycles and to what compiling keeps alive."""
+    if standby is not None:
+        standby.release()
+    kv_caches.clear()
+    for module in engine_model.modules():
+        for name in ("kv_cache", "lora_a_stacked", "lora_b_stacked"):
+            if hasattr(module, name):
+                setattr(module, name, ())
+    for parameter in engine_model.parameters():
+        parameter.data = parameter.data.new_empty(0)  # the trainer's views keep what they share
+    cuda_slot_addresses.forget()
+    checksum.forget()
+    merge.forget()
+    memory.return_workspaces()
