@@ -88,14 +88,20 @@ class Asleep:
         """Raises StandbyError, with nothing taken, if the device has not enough left."""
         wanted = {"kv_cache", OWN_WEIGHTS} if tags is None or "kv_cache" in tags else {*tags}
         if taking := sorted(wanted & self._tags):
-            needed = nbytes(taking)
-            if needed and (free := torch.cuda.mem_get_info()[0]) < needed:
-                raise StandbyError(
-                    f"Waking the engine takes {memory.gib(needed)} of the GPU, and {memory.gib(free)} are left. Free "
-                    "what else the script keeps there, and try again; or lower vllm_gpu_memory_utilization."
-                )
+            self.need_room(taking)
             self._wake_up(taking)
             self._tags.difference_update(taking)
+
+    def need_room(self, tags: Collection[str] | None = None) -> None:
+        """Raises StandbyError if the device has not enough left to take these tags; None: all that is released."""
+        needed = nbytes(self._tags if tags is None else tags)
+        if needed and torch.cuda.mem_get_info()[0] < needed:
+            memory.return_cached()
+        if needed and (free := torch.cuda.mem_get_info()[0]) < needed:
+            raise StandbyError(
+                f"Waking the engine takes {memory.gib(needed)} of the GPU, and {memory.gib(free)} are left. Free what "
+                "else the script keeps there, and try again; or lower vllm_gpu_memory_utilization."
+            )
 
     def _refusing(self, call: Any) -> Any:
         def refuse(*args: Any, **kwargs: Any) -> Any:

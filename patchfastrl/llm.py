@@ -287,8 +287,9 @@ class SharedLLM(LLM):
         if tags is not None and not {"kv_cache", "scheduling"} & set(tags):
             return
         with self._timed("wake"), uninterrupted():
-            if not self.awake:
+            if self._asleep is not None and not self.awake:
                 memory.make_room(cuda_weight_pool.nbytes())
+                self._asleep.need_room()
             if self.llm_engine.engine_core.is_sleeping():
                 self._wake()
             self.worker.wake_up(None)  # nothing to do, but where the worker was put to sleep directly
