@@ -115,6 +115,17 @@ def test_correctness_checks_pass_and_have_controls_that_do_not(tmp_path: Path) -
     assert len(found["lora", "memory from step 3 to step 10"]["series"]) == 10
 
 
+def test_trainers_one_after_another(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    kinds = ("--only", "slot", "--only", "merged-no-standby", "--only", "full")
+    said = script("again.py", "--model", "tiny", *kinds, "--rounds", 1, "--json", file)
+    _, *found = json.loads(file.read_text())
+    assert all(f["passed"] for f in found)
+    assert [sum(f["trainer"] == f"{kind} 1" for f in found) for kind in kinds[1::2]] == [5, 2, 5]
+    assert all(f["mean"] < 1e-5 < 1e-2 < f["control"] for f in found if "control" in f)
+    assert "12 of 12 passed" in said
+
+
 def test_a_check_that_fails_is_the_exit_status(tmp_path: Path) -> None:
     """A CPU has no 8-bit KV cache."""
     file = tmp_path / "out.json"

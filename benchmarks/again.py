@@ -1,0 +1,169 @@
+"""Trainers one after another in one process, as in a notebook: each follows its model, and leaves the memory free.
+
+    python benchmarks/again.py                         # 0.5b
+    python benchmarks/again.py --only slot --only merged --rounds 3 --json out.json
+    python benchmarks/again.py --model tiny            # on a CPU
+
+A trainer of each kind trains two steps and ends in one way or another: while it sleeps, because the next one is built;
+closed by hand; or deleted and collected. Engine and trainer are compared as in `correct.py`: after training, after
+another adapter was published, after sleeping and waking, and after vLLM's worker was put to sleep past the engine. They
+may differ on average by a fifth of what they would if the engine had not followed. On a GPU a sleeping engine is also
+woken, and closed, with too little memory left: that must be refused, and work once there is some. PASS or FAIL, with
+the figures; the exit status is the number of checks that failed. "In use" is what the driver counts (on a CPU: the
+resident set) when a trainer is gone; of the same kinds once more it may be 64 MiB more (on a CPU it is only told).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from correct import CONTROL, another_adapter, difference, sample, score, trainer_of
+from measure import Memory
+from shapes import SHAPES, versions
+
+KINDS: dict[str, dict[str, Any]] = {
+    "slot": {"rollouts": "adapter", "method": "lora", "standby": True, "end": "the next one"},
+    "merged": {"rollouts": "merged", "method": "lora", "standby": True, "end": "deleted"},
+    "merged-no-standby": {"rollouts": "merged", "method": "lora", "standby": False, "end": "the next one"},
+    "qlora": {"rollouts": "merged", "method": "qlora", "standby": True, "end": "closed"},
+    "full": {"rollouts": None, "method": "full", "standby": True, "end": "deleted"},
+}
+GROWTH = 64  # MiB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="0.5b")
+    parser.add_argument("--only", choices=KINDS, action="append", help="may be repeated (default: all)")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="all kinds, N times over (default: 2)")
+    parser.add_argument("--share", type=float, default=0.2, help="vllm_gpu_memory_utilization")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    options = parser.parse_args()
+    rounds = Rounds(options)
+    for number in range(options.rounds):
+        for kind in options.only or KINDS:
+            rounds.run(kind, number)
+    rounds.end()
+    failed = sum(not found["passed"] for found in rounds.found)
+    print(f"{len(rounds.found) - failed} of {len(rounds.found)} passed")
+    raise SystemExit(min(failed, 100))
+
+
+class Rounds:
+    """The trainers, and what was found of each."""
+
+    def __init__(self, options: Any) -> None:
+        import torch
+
+        self._options, self._gpu = options, torch.cuda.is_available()
+        self._memory = Memory(self._gpu)
+        self._trainer: Any = None  # the latest one, alive until the next is built
+        self._in_use: dict[str, float] = {}
+        self._name = ""
+        self.found: list[dict[str, Any]] = []
+
+    def say(self, check: str, passed: bool, **figures: Any) -> None:
+        self.found.append({"trainer": self._name, "check": check, "passed": passed, **figures})
+        print(f"{'PASS' if passed else 'FAIL'} {self._name}: {check} {figures or ''}", flush=True)
+        if self._options.json:
+            self._options.json.write_text(json.dumps([versions(), *self.found], indent=1))
+
+    def run(self, kind: str, number: int) -> None:
+        settings, self._name = KINDS[kind], f"{kind} {number + 1}"
+        os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if settings["standby"] else "0"
+        from patchfastrl import PatchFastRL
+
+        PatchFastRL(rollouts=settings["rollouts"])
+        job = {
+            "kind": kind if settings["standby"] else "x-no-standby", "side": "patched", "method": settings["method"],
+            "model": self._options.model, "share": self._options.share, "rank": 16, "steps": 2, "cells": [[64, 16]],
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            self._trainer = trainer_of(job, folder, stack)
+            self._trainer.train()
+        self._check(settings)
+        if settings["end"] == "closed":
+            self._trainer.vllm_generation.llm.close("it is closed by hand.")
+        if settings["end"] != "the next one":
+            self.end()
+            self._tell_memory(kind)
+
+    def end(self) -> None:
+        self._trainer = None
+        gc.collect()
+        self._memory.give_back()
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        trainer, llm = self._trainer, self._trainer.vllm_generation.llm
+        llm.wake_up()
+        llm.publish()
+        before = self._compare("after training", llm, trainer.model, None)
+        if settings["method"] != "full":
+            another_adapter(trainer.model, seed=len(self.found))
+            llm.publish()
+            before = self._compare("after another adapter was published", llm, trainer.model, before)
+        if settings["standby"]:
+            llm.sleep()
+            if self._gpu:
+                self._without_room("waking", llm.wake_up)
+            llm.wake_up()
+            llm.publish()
+            self._compare("after sleeping and waking", llm, trainer.model, None)
+            llm.collective_rpc("sleep", kwargs={"level": 1})
+            self._refused("sampling after the worker was put to sleep", lambda: sample(llm))
+            llm.wake_up()
+            llm.publish()
+            self._compare("after that", llm, trainer.model, None)
+            llm.sleep()
+            if self._gpu:
+                self._without_room("closing", lambda: llm.close("not yet"))
+        else:
+            self._refused("sleeping", llm.sleep) if self._gpu else None
+
+    def _compare(self, check: str, llm: Any, model: Any, before: Any) -> Any:
+        """`before`: what was sampled before the model changed; None: it is as it was."""
+        sequences, engine = sample(llm)
+        found = difference(engine, score(model, sequences))
+        if before is None:
+            control = difference(engine, engine.roll(1, 0))["mean"]  # somebody else's tokens
+        else:
+            control = difference(before[1], score(model, before[0]))["mean"]
+        self.say(check, control >= CONTROL * found["mean"], **found, control=control)
+        return sequences, engine
+
+    def _refused(self, check: str, call: Callable[[], Any]) -> None:
+        from patchfastrl.errors import PatchFastRLError
+
+        try:
+            call()
+        except PatchFastRLError as error:
+            self.say(f"{check} is refused", True, said=str(error)[:80])
+        else:
+            self.say(f"{check} is refused", False)
+
+    def _without_room(self, check: str, call: Callable[[], Any]) -> None:
+        import torch
+
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        ballast = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")
+        self._refused(f"{check} with 1 GiB left", call)
+        del ballast
+        torch.cuda.empty_cache()
+
+    def _tell_memory(self, kind: str) -> None:
+        used = self._memory.used() * 1024
+        more = used - self._in_use.setdefault(kind, used)
+        self.say("in use afterwards, MiB", more <= GROWTH or not self._gpu, in_use=used, more_than_the_first_time=more)
+
+
+if __name__ == "__main__":
+    main()
