@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from . import checksum, guards, memory, merge
-from .compat import cpu_heap, cpu_standby, cuda_slot_addresses, cuda_weight_pool
+from .compat import cpu_heap, cpu_standby, cuda_slot_addresses, worker_asleep
 from .config_folder import ConfigFolder
 from .copies import Scratch
 from .llm import live
 
 
-def reachable(asleep: cuda_weight_pool.Asleep, standby: cpu_standby.Storages | None, scratch: Scratch | None) -> None:
+def reachable(asleep: worker_asleep.Asleep, standby: cpu_standby.Storages | None, scratch: Scratch | None) -> None:
     """On a GPU: freeing memory that is not mapped leaves vLLM's allocator in an error that the next engine inherits."""
     if standby is None:
         memory.return_cached()

@@ -56,6 +56,7 @@ from .compat import (
     own_memory,
     process_groups,
     sampler_warmup,
+    worker_asleep,
 )
 from .config_folder import ConfigFolder
 from .copies import Copies, Scratch
@@ -263,7 +264,7 @@ def build(
     if on_cpu:
         asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
         llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
-    llm._asleep = cuda_weight_pool.Asleep(llm.worker, llm.can_sleep)
+    llm._asleep = worker_asleep.Asleep(llm.worker, llm.can_sleep)
     if max_lora_rank is not None:
         llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
         _before_sleep(llm.worker, llm.slot.lose)

@@ -17,7 +17,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from . import adapters, guards, memory, sharing
-from .compat import cpu_standby, cuda_weight_pool, prefix_cache, request_ids
+from .compat import cpu_standby, cuda_weight_pool, prefix_cache, request_ids, worker_asleep
 from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
@@ -61,7 +61,7 @@ class SharedLLM(LLM):
         self._closed: str | None = None
         self._failed = ""
         self._samples_in: int | None = None  # the thread in which a batch runs
-        self._asleep: cuda_weight_pool.Asleep | None = None  # of the worker's memory; None: it is being built
+        self._asleep: worker_asleep.Asleep | None = None  # of the worker's memory; None: it is being built
         self._standby: cpu_standby.Storages | None = None  # what that is on a CPU
         self._weights: Any = None  # those of the latest batch
         self._publish_first = False  # when the next batch begins

@@ -1,0 +1,82 @@
+"""Know what of a worker's memory sleeps, whoever put it to sleep; release and take it once; take nothing without room.
+
+Requirement: vLLM, all releases so far; from 0.30 on its pool itself skips what is awake, or asleep, already.
+Reason: the engine knows only of its own calls. Sampling into unmapped memory kills the process on a GPU; mapping memory
+twice, or part of it, is an error that vLLM's allocator does not recover from; and our tag would stay asleep.
+Link: vllm/v1/worker/gpu_worker.py, vllm/device_allocator/cumem.py
+Until: vLLM's worker can be asked what sleeps, and refuses to wake where there is no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from patchfastrl import memory
+from patchfastrl.errors import StandbyError
+
+from . import cuda_weight_pool
+
+
+class Asleep:
+    """What of a worker's memory is released, whoever put it to sleep and woke it: past the engine, too.
+
+    Whoever wakes only the KV cache wakes our tag as well; and no adapter is loaded while that sleeps. What sleeps is
+    not put to sleep again, and what is awake is not woken again: releases before 0.30 would release or map the memory
+    a second time, which CUDA refuses.
+
+    Args:
+        able: whether there is anything that could sleep.
+
+    Attributes:
+        releases: how often the contents were lost.
+    """
+
+    def __init__(self, worker: Any, able: bool) -> None:
+        self._able = able
+        self._sleep, self._wake_up = worker.sleep, worker.wake_up
+        self._tags: set[str] = set()
+        self.releases = 0
+        worker.sleep, worker.wake_up = self.release, self.take
+        worker.add_lora, worker.pin_lora = self._refusing(worker.add_lora), self._refusing(worker.pin_lora)
+
+    @property
+    def resident(self) -> bool:
+        return not self._tags
+
+    def release(self, *args: Any, **kwargs: Any) -> None:
+        if not self._able:
+            raise StandbyError("This engine was built without standby. Set UNSLOTH_VLLM_STANDBY=1 before it is built.")
+        if self.resident:
+            self._tags.update(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
+            self.releases += 1
+            self._sleep(*args, **kwargs)
+
+    def take(self, tags: list[str] | None = None) -> None:
+        """Raises StandbyError, with nothing taken, if the device has not enough left."""
+        wanted = {"kv_cache", cuda_weight_pool.OWN_WEIGHTS} if tags is None or "kv_cache" in tags else {*tags}
+        if taking := sorted(wanted & self._tags):
+            self.need_room(taking)
+            self._wake_up(taking)
+            self._tags.difference_update(taking)
+
+    def need_room(self, tags: Collection[str] | None = None) -> None:
+        """Raises StandbyError if the device has not enough left to take these tags; None: all that is released."""
+        needed = cuda_weight_pool.nbytes(self._tags if tags is None else tags)
+        if needed and torch.cuda.mem_get_info()[0] < needed:
+            memory.return_cached()
+        if needed and (free := torch.cuda.mem_get_info()[0]) < needed:
+            raise StandbyError(
+                f"Waking the engine takes {memory.gib(needed)} of the GPU, and {memory.gib(free)} are left. Free what "
+                "else the script keeps there, and try again; or lower vllm_gpu_memory_utilization."
+            )
+
+    def _refusing(self, call: Any) -> Any:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if cuda_weight_pool.OWN_WEIGHTS in self._tags:
+                raise StandbyError("The engine's LoRA slot is released (standby). Call wake_up() first.")
+            return call(*args, **kwargs)
+
+        return refuse
