@@ -25,16 +25,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from correct import CONTROL, another_adapter, difference, sample, score, trainer_of
+from correct import CONTROL, another_adapter, difference, sample, score, sleeps, trainer_of
 from measure import Memory
 from shapes import SHAPES, versions
 
 KINDS: dict[str, dict[str, Any]] = {
-    "slot": {"rollouts": "adapter", "method": "lora", "standby": True, "end": "the next one"},
-    "merged": {"rollouts": "merged", "method": "lora", "standby": True, "end": "deleted"},
-    "merged-no-standby": {"rollouts": "merged", "method": "lora", "standby": False, "end": "the next one"},
-    "qlora": {"rollouts": "merged", "method": "qlora", "standby": True, "end": "closed"},
-    "full": {"rollouts": None, "method": "full", "standby": True, "end": "deleted"},
+    "slot": {"rollouts": "adapter", "method": "lora", "end": "the next one"},
+    "merged": {"rollouts": "merged", "method": "lora", "end": "deleted"},
+    "merged-no-standby": {"rollouts": "merged", "method": "lora", "end": "the next one"},
+    "qlora": {"rollouts": "merged", "method": "qlora", "end": "closed"},
+    "full": {"rollouts": None, "method": "full", "end": "deleted"},
 }
 GROWTH = 64  # MiB
 
@@ -78,18 +78,19 @@ class Rounds:
 
     def run(self, kind: str, number: int) -> None:
         settings, self._name = KINDS[kind], f"{kind} {number + 1}"
-        os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if settings["standby"] else "0"
+        standby = sleeps({"kind": kind})
+        os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if standby else "0"
         from patchfastrl import PatchFastRL
 
         PatchFastRL(rollouts=settings["rollouts"])
         job = {
-            "kind": kind if settings["standby"] else "x-no-standby", "side": "patched", "method": settings["method"],
+            "kind": kind, "side": "patched", "method": settings["method"],
             "model": self._options.model, "share": self._options.share, "rank": 16, "steps": 2, "cells": [[64, 16]],
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             self._trainer = trainer_of(job, folder, stack)
             self._trainer.train()
-        self._check(settings)
+        self._check(settings["method"] != "full", standby)
         if settings["end"] == "closed":
             self._trainer.vllm_generation.llm.close("it is closed by hand.")
         if settings["end"] != "the next one":
@@ -101,16 +102,16 @@ class Rounds:
         gc.collect()
         self._memory.give_back()
 
-    def _check(self, settings: dict[str, Any]) -> None:
+    def _check(self, adapted: bool, standby: bool) -> None:
         trainer, llm = self._trainer, self._trainer.vllm_generation.llm
         llm.wake_up()
         llm.publish()
         before = self._compare("after training", llm, trainer.model, None)
-        if settings["method"] != "full":
+        if adapted:
             another_adapter(trainer.model, seed=len(self.found))
             llm.publish()
-            before = self._compare("after another adapter was published", llm, trainer.model, before)
-        if settings["standby"]:
+            self._compare("after another adapter was published", llm, trainer.model, before)
+        if standby:
             llm.sleep()
             if self._gpu:
                 self._without_room("waking", llm.wake_up)
@@ -125,8 +126,8 @@ class Rounds:
             llm.sleep()
             if self._gpu:
                 self._without_room("closing", lambda: llm.close("not yet"))
-        else:
-            self._refused("sleeping", llm.sleep) if self._gpu else None
+        elif self._gpu:  # on a CPU every engine can
+            self._refused("sleeping", llm.sleep)
 
     def _compare(self, check: str, llm: Any, model: Any, before: Any) -> Any:
         """`before`: what was sampled before the model changed; None: it is as it was."""

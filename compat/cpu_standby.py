@@ -30,7 +30,6 @@ class Storages:
             for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(some)}.values()
         ]
         self._released: set[int] = set()
-        self.releases = 0  # how often the contents were lost
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +40,6 @@ class Storages:
         return not self._released
 
     def release(self) -> None:
-        self.releases += 1
         for number, (_, storage, _) in enumerate(self._storages):
             self._released.add(number)
             storage.resize_(0)

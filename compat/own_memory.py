@@ -52,7 +52,7 @@ def after_profiling(allocate: Callable[[Any], int]) -> Iterator[None]:
 def _know_of_what_was_freed(worker: Any) -> None:
     """What of the trainer's, or of an engine before, went back to the device since this worker began.
 
-    vLLM takes it for another process that ends, and refuses (before 0.17 even if nothing was taken in the meantime).
+    vLLM takes it for another process that ends, and refuses (0.11 and 0.12 even if as much is free as then).
     """
     snapshot = getattr(worker, "init_snapshot", None)
     if snapshot is not None:

@@ -28,14 +28,15 @@ class Asleep:
     a second time, which CUDA refuses.
 
     Args:
-        able: whether there is anything that could sleep.
+        able: whether it was built to sleep.
 
     Attributes:
+        able: the same.
         releases: how often the contents were lost.
     """
 
     def __init__(self, worker: Any, able: bool) -> None:
-        self._able = able
+        self.able = able
         self._sleep, self._wake_up = worker.sleep, worker.wake_up
         self._tags: set[str] = set()
         self.releases = 0
@@ -46,9 +47,13 @@ class Asleep:
     def resident(self) -> bool:
         return not self._tags
 
-    def release(self, *args: Any, **kwargs: Any) -> None:
-        if not self._able:
+    def need_standby(self) -> None:
+        """Raises StandbyError if the worker was not built to sleep."""
+        if not self.able:
             raise StandbyError("This engine was built without standby. Set UNSLOTH_VLLM_STANDBY=1 before it is built.")
+
+    def release(self, *args: Any, **kwargs: Any) -> None:
+        self.need_standby()
         if self.resident:
             self._tags.update(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
             self.releases += 1

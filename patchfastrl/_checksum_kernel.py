@@ -35,7 +35,7 @@ def _kernel(table, totals, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: 
 
 
 @functools.lru_cache(maxsize=8)
-def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """One row for each chunk of each place: address, words, number of its first word, whose it is, bits after these.
 
     Args:
@@ -64,7 +64,7 @@ def weighted_sums(places: tuple[tuple[int, int], ...], device: torch.device) -> 
     Args:
         places: address, a multiple of 8, and bytes of each; at least one; all on `device`.
     """
-    table, sizes = _table(device, places)
+    table, sizes = tables(device, places)
     totals = sizes.clone()
     _kernel[(len(table),)](table, totals, BLOCK=_BLOCK, ROUNDS=_ROUNDS)
     return totals

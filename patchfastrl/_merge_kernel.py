@@ -55,7 +55,7 @@ def merge_all(merges: list[Merge]) -> None:
             (m.home.data_ptr(), m.weight.data_ptr(), m.a.data_ptr(), m.b.data_ptr(), *m.weight.shape, m.a.shape[0])
             for m in group
         )
-        table, programs = _tables(one.home.device, places)
+        table, programs = tables(one.home.device, places)
         scalings = torch.tensor([m.scaling for m in group], dtype=torch.float32).to(one.home.device, non_blocking=True)
         rank = max(16, triton.next_power_of_2(max(m.a.shape[0] for m in group)))
         sizes = {"RANK": rank, "ROWS": _ROWS, "COLUMNS": _COLUMNS, "TILES": _TILES}
@@ -63,7 +63,7 @@ def merge_all(merges: list[Merge]) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _tables(device: torch.device, places: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(device: torch.device, places: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Addresses and sizes of each merge, (merges, 7), int64; number, first row and column of each program, int32."""
     programs = []
     for number, (*_, out, inner, _rank) in enumerate(places):

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import torch
-
-
-def forget() -> None:
-    """The addresses of an engine that has ended are kept no longer, nor the GPU's memory that they take."""
-    if (kernel := sys.modules.get(f"{__package__}._checksum_kernel")) is not None:
-        kernel._table.cache_clear()
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from . import checksum, guards, memory, merge
+from . import guards, memory
 from .compat import cpu_heap, cpu_standby, cuda_slot_addresses, worker_asleep
 from .config_folder import ConfigFolder
 from .copies import Scratch
@@ -58,6 +59,7 @@ def _let_go(engine_model: nn.Module, kv_caches: list[Any], standby: cpu_standby.
     for parameter in engine_model.parameters():
         parameter.data = parameter.data.new_empty(0)  # the trainer's views keep what they share
     cuda_slot_addresses.forget()
-    checksum.forget()
-    merge.forget()
+    for kernel in ("_checksum_kernel", "_merge_kernel"):
+        if (module := sys.modules.get(f"{__package__}.{kernel}")) is not None:
+            module.tables.cache_clear()  # addresses, in memory of the GPU
     memory.return_workspaces()

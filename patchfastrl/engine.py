@@ -257,14 +257,14 @@ def build(
             skip_tokenizer_init=tokenizer is None,
             **kwargs,
         )
-    llm.shared, llm.merging, llm.can_sleep = made["shared"], merging, on_cpu or sleep_mode
+    llm.shared, llm.merging = made["shared"], merging
     if llm.shared.plan.own:
         llm.copies = Copies(llm.shared, merges=False)
         llm.copies.merges = merging and llm.copies.hold_all_of(model)
     if on_cpu:
         asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
         llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
-    llm._asleep = worker_asleep.Asleep(llm.worker, llm.can_sleep)
+    llm._asleep = worker_asleep.Asleep(llm.worker, able=on_cpu or sleep_mode)
     if max_lora_rank is not None:
         llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
         _before_sleep(llm.worker, llm.slot.lose)

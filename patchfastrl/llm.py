@@ -7,13 +7,13 @@ import gc
 import threading
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.lora.request import LoRARequest
 
 from . import adapters, guards, memory, sharing
@@ -22,6 +22,7 @@ from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
 from .recompute import Recompute
+from .sampling import with_seeds
 from .slot import Slot
 from .structure import looked_at_once
 
@@ -48,7 +49,6 @@ class SharedLLM(LLM):
     copies: Copies | None
     recompute: Recompute | None
     merging: bool  # whether an adapter is to be merged, if the copies hold all that it changes
-    can_sleep: bool
     _end: weakref.finalize
     _reachable: Callable[[], None]  # before the end
 
@@ -127,7 +127,7 @@ class SharedLLM(LLM):
             raise StandbyError("The engine's KV cache is released (standby). Call wake_up() before sampling.")
         with looked_at_once():
             lora_request, unmerged, explicit = self._prepared(lora_request)
-        args, kwargs = _with_sampling_params(args, kwargs)
+        args, kwargs = with_seeds(args, kwargs)
         try:
             in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory()
             with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
@@ -258,6 +258,10 @@ class SharedLLM(LLM):
     # Standby --------------------------------------------------------------------------------------------------------
 
     @property
+    def can_sleep(self) -> bool:
+        return self._asleep is not None and self._asleep.able
+
+    @property
     def awake(self) -> bool:
         resident = self._asleep is None or self._asleep.resident
         return resident and not self.llm_engine.engine_core.is_sleeping()
@@ -270,8 +274,8 @@ class SharedLLM(LLM):
         Raises:
             StandbyError: the engine was built without standby.
         """
-        if level and not self.can_sleep:
-            raise StandbyError("This engine was built without standby. Set UNSLOTH_VLLM_STANDBY=1 before it is built.")
+        if level and self._asleep is not None:
+            self._asleep.need_standby()  # before vLLM pauses its scheduler
         if not self.llm_engine.model_executor.is_sleeping:
             with self._timed("sleep"), uninterrupted(), _nothing_to_collect():
                 if level and self.copies is not None:
@@ -388,30 +392,3 @@ def _nothing_to_collect() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _with_sampling_params(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """`vLLMSamplingParams` (a mapping) as vLLM's class; repetitions of a prompt under one seed get seeds of their own.
-
-    TRL repeats a prompt `num_generations` times with n=1. With one seed for all, every completion of a group would be
-    the same one and every advantage zero; vLLM itself gives the samples of n > 1 the seeds seed, seed + 1, ...
-    """
-    prompts = args[0] if args else kwargs.get("prompts", kwargs.get("messages"))
-    params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
-    if isinstance(params, dict):
-        params = SamplingParams(**params)
-    # A list of token ids, or of one conversation's messages, is one prompt.
-    one = not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int) or "role" in prompts[0]
-    if not one and isinstance(params, SamplingParams) and params.seed is not None:
-        seen: Counter[str] = Counter()
-        seeded = []
-        for prompt in prompts or []:
-            own = params.clone()
-            own.seed = params.seed + seen[repr(prompt)] * params.n
-            seen[repr(prompt)] += 1
-            seeded.append(own)
-        if len(seen) < len(seeded):
-            params = seeded
-    if len(args) > 1:
-        return (args[0], params, *args[2:]), kwargs
-    return args, {**kwargs, "sampling_params": params}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -40,12 +39,6 @@ class Merge:
             and self.a.dtype == self.b.dtype
             and all(t.is_contiguous() for t in tensors)
         )
-
-
-def forget() -> None:
-    """The addresses of an engine that has ended are kept no longer, nor the GPU's memory that they take."""
-    if (kernel := sys.modules.get(f"{__package__}._merge_kernel")) is not None:
-        kernel._tables.cache_clear()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from .compat import validation_error
@@ -87,3 +88,32 @@ def sampling_overrides(args: Any, completions: int = 1) -> dict[str, Any] | None
 
         merged["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
     return merged
+
+
+def with_seeds(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """`vLLMSamplingParams` (a mapping) as vLLM's class; repetitions of a prompt under one seed get seeds of their own.
+
+    TRL repeats a prompt `num_generations` times with n=1. With one seed for all, every completion of a group would be
+    the same one and every advantage zero; vLLM itself gives the samples of n > 1 the seeds seed, seed + 1, ...
+    """
+    from vllm import SamplingParams
+
+    prompts = args[0] if args else kwargs.get("prompts", kwargs.get("messages"))
+    params = args[1] if len(args) > 1 else kwargs.get("sampling_params")
+    if isinstance(params, dict):
+        params = SamplingParams(**params)
+    # A list of token ids, or of one conversation's messages, is one prompt.
+    one = not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int) or "role" in prompts[0]
+    if not one and isinstance(params, SamplingParams) and params.seed is not None:
+        seen: Counter[str] = Counter()
+        seeded = []
+        for prompt in prompts or []:
+            own = params.clone()
+            own.seed = params.seed + seen[repr(prompt)] * params.n
+            seen[repr(prompt)] += 1
+            seeded.append(own)
+        if len(seen) < len(seeded):
+            params = seeded
+    if len(args) > 1:
+        return (args[0], params, *args[2:]), kwargs
+    return args, {**kwargs, "sampling_params": params}

@@ -252,8 +252,7 @@ def test_waking_without_room_changes_nothing(pair: tuple[Any, Any], full_gpu: py
 
 def test_an_engine_without_standby_does_not_sleep(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     llm, model = pair
-    monkeypatch.setattr(llm, "can_sleep", False)
-    monkeypatch.setattr(llm._asleep, "_able", False)
+    monkeypatch.setattr(llm._asleep, "able", False)
     for sleep in (llm.sleep, llm.worker.sleep):
         with pytest.raises(StandbyError, match="built without standby"):
             sleep()
