@@ -58,6 +58,31 @@ def nbytes(tags: Collection[str] | None = None) -> int:
     return sum(piece.handle[1] for piece in pieces if tags is None or piece.tag in tags)
 
 
+def leave() -> None:
+    """What is in vLLM's pool now belongs to no engine any more: it is there to be freed, and nobody puts it to sleep.
+
+    Tensors outlive their engine until the collector has been round, and torch keeps their memory a while longer. A
+    later engine that sleeps would release it, and freeing what is released is an error, inherited by whoever wakes
+    next. So: all of it is to be there (not asleep) when it is left.
+    """
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    if (pool := CuMemAllocator.instance) is not None:
+        left = pool.pointer_to_data.left if isinstance(pool.pointer_to_data, _Pieces) else {}
+        pool.pointer_to_data = _Pieces(left | pool.pointer_to_data)
+
+
+class _Pieces(dict[int, Any]):
+    """What vLLM knows of its pool, by addresses. What was left is found only by who frees it."""
+
+    def __init__(self, left: dict[int, Any]) -> None:
+        super().__init__()
+        self.left = left
+
+    def pop(self, address: int, *default: Any) -> Any:
+        return self.left.pop(address) if address in self.left else super().pop(address, *default)
+
+
 class Scratch:
     """What was allocated in `pool`, where no standby releases it. It is there to begin with."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import guards, memory
-from .compat import cpu_heap, cpu_standby, cuda_slot_addresses, worker_asleep
+from .compat import cpu_heap, cpu_standby, cuda_slot_addresses, cuda_weight_pool, worker_asleep
 from .config_folder import ConfigFolder
 from .copies import Scratch
 from .llm import live
@@ -44,6 +44,8 @@ def discard(
             last_first.enter_context(cpu_heap.not_walked())
         guards.release(keys)
         memory.collect_rarely(bool(live))
+        if standby is None:
+            last_first.callback(cuda_weight_pool.leave)
         reach()
 
 

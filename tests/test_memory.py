@@ -275,6 +275,39 @@ def test_a_piece_that_cannot_be_mapped_leaves_none_mapped(
     assert list(mapped.values()) == [False, False, False, True]
 
 
+def test_a_later_engine_does_not_put_to_sleep_what_an_earlier_one_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own record of its pool; the driver's calls, which only a GPU's build of vLLM has, are noted down."""
+    from vllm.device_allocator import cumem
+
+    from patchfastrl.compat import cuda_weight_pool
+
+    released: list[int] = []
+    monkeypatch.setattr(cumem, "unmap_and_release", lambda handle: released.append(handle[2]))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    pool = cumem.CuMemAllocator()
+    monkeypatch.setattr(cumem.CuMemAllocator, "instance", pool)
+
+    def allocate(address: int) -> None:
+        pool._python_malloc_callback((0, 100, address, address + 1))
+
+    for address in (1000, 2000):
+        allocate(address)
+    cuda_weight_pool.leave()
+    allocate(3000)
+    assert cuda_weight_pool.nbytes() == 100
+    pool.sleep("weights")
+    assert released == [3000]
+    assert pool._python_free_callback(1000)[2] == 1000
+    cuda_weight_pool.leave()
+    allocate(1000)  # the address was free
+    assert cuda_weight_pool.nbytes() == 100
+    for address in (1000, 2000, 3000):
+        assert pool._python_free_callback(address)[2] == address
+    with pytest.raises(KeyError):
+        pool._python_free_callback(2000)
+
+
 def test_what_this_process_has_beside_the_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference model, or a trainer before this one."""
     import tiny
