@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import guards, memory
-from .compat import cpu_heap, cpu_standby, cuda_slot_addresses, cuda_weight_pool, worker_asleep
+from .compat import cpu_heap, cpu_standby, cuda_graphs, cuda_slot_addresses, cuda_weight_pool, worker_asleep
 from .config_folder import ConfigFolder
 from .copies import Scratch
 from .llm import live
@@ -39,13 +39,15 @@ def discard(
         last_first.callback(memory.return_cached)
         last_first.callback(folder.cleanup)
         last_first.callback(_let_go, engine_model, getattr(worker.model_runner, "kv_caches", []), standby)
+        if standby is None:
+            last_first.callback(cuda_graphs.drop, worker.vllm_config)
         last_first.callback(engine.engine_core.shutdown)
-        if standby is not None:
+        if standby is None:
+            last_first.callback(cuda_weight_pool.leave)
+        else:
             last_first.enter_context(cpu_heap.not_walked())
         guards.release(keys)
         memory.collect_rarely(bool(live))
-        if standby is None:
-            last_first.callback(cuda_weight_pool.leave)
         reach()
 
 

@@ -308,6 +308,23 @@ def test_a_later_engine_does_not_put_to_sleep_what_an_earlier_one_left(monkeypat
         pool._python_free_callback(2000)
 
 
+def test_graphs_end_with_their_engine() -> None:
+    from types import SimpleNamespace
+
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    from patchfastrl.compat import cuda_graphs
+
+    ours, others = (SimpleNamespace(compilation_config=object()) for _ in range(2))
+    wrappers = []
+    for config in (ours, others):
+        wrapper = CUDAGraphWrapper.__new__(CUDAGraphWrapper)  # it is made for a platform that has graphs
+        wrapper.compilation_config, wrapper.concrete_cudagraph_entries = config.compilation_config, {"key": "graph"}
+        wrappers.append(wrapper)
+    cuda_graphs.drop(ours)
+    assert [wrapper.concrete_cudagraph_entries for wrapper in wrappers] == [{}, {"key": "graph"}]
+
+
 def test_what_this_process_has_beside_the_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference model, or a trainer before this one."""
     import tiny
