@@ -1,8 +1,8 @@
 """An engine's CUDA graphs go when it ends.
 
 Requirement: vLLM on CUDA that has `CUDAGraphWrapper`, all releases seen.
-Reason: what compiling keeps for good keeps the graphs of a model's pieces, too (seen: 175 an engine, for 24 layers), and
-with them memory of the driver's and of torch's pool.
+Reason: what compiling keeps for good keeps the graphs of a model's pieces (seen: 175 an engine, of 24 layers), and so
+memory of the driver's and of torch's pool.
 Link: vllm/compilation/cuda_graph.py
 Until: vLLM's worker drops them when it shuts down.
 """
