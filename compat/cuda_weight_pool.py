@@ -80,7 +80,22 @@ class _Pieces(dict[int, Any]):
         self.left = left
 
     def pop(self, address: int, *default: Any) -> Any:
-        return self.left.pop(address) if address in self.left else super().pop(address, *default)
+        return super().pop(address) if address in self else self.left.pop(address, *default)
+
+
+_allocators: list[Any] = []  # torch before 2.11 does not own what its pools free their memory with
+
+
+def release_pools() -> None:
+    """Torch keeps what was allocated in a pool as long as vLLM keeps the pool: until the next engine has its own.
+
+    (From some release on, 0.26 or one before, vLLM's worker does this when it shuts down; not if building it failed.)
+    """
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    if (pool := CuMemAllocator.instance) is not None:
+        _allocators.extend(allocator for _, allocator in pool.allocator_and_pools.values())
+        pool.allocator_and_pools.clear()
 
 
 class Scratch:

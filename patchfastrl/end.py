@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,10 @@ from . import guards, memory
 from .compat import cpu_heap, cpu_standby, cuda_graphs, cuda_slot_addresses, cuda_weight_pool, worker_asleep
 from .config_folder import ConfigFolder
 from .copies import Scratch
+from .errors import StandbyError
 from .llm import live
+
+_put_off: list[Callable[[], None]] = []
 
 
 def reachable(asleep: worker_asleep.Asleep, standby: cpu_standby.Storages | None, scratch: Scratch | None) -> None:
@@ -34,21 +38,47 @@ def discard(
     standby: cpu_standby.Storages | None,
     folder: ConfigFolder,
 ) -> None:
-    """The end of an engine: by `close`, or by garbage collection. All of it, whatever fails."""
+    """The end of an engine: by `close`, or by garbage collection. All of it, whatever fails.
+
+    By garbage collection it may come while a GPU has no room for it: it is put off, then.
+    """
+    guards.release(keys)
+    memory.collect_rarely(any(True for _ in live))  # its length counts those that are being collected
     with contextlib.ExitStack() as last_first:
         last_first.callback(memory.return_cached)
         last_first.callback(folder.cleanup)
         last_first.callback(_let_go, engine_model, getattr(worker.model_runner, "kv_caches", []), standby)
         if standby is None:
             last_first.callback(cuda_graphs.drop, worker.vllm_config)
+            last_first.callback(cuda_weight_pool.release_pools)
         last_first.callback(engine.engine_core.shutdown)
         if standby is None:
             last_first.callback(cuda_weight_pool.leave)
-        else:
+        try:
+            reach()
+        except StandbyError:
+            last_first.pop_all()
+            _put_off.append(functools.partial(discard, engine, worker, engine_model, keys, reach, standby, folder))
+            return
+        if standby is not None:
             last_first.enter_context(cpu_heap.not_walked())
-        guards.release(keys)
-        memory.collect_rarely(bool(live))
-        reach()
+
+
+def come_up() -> None:
+    """What was put off, before another engine is built.
+
+    Raises:
+        StandbyError: there is still no room.
+    """
+    ends = _put_off[:]
+    _put_off.clear()
+    for end in ends:
+        end()
+    if _put_off:
+        raise StandbyError(
+            "An engine that nobody uses any more is asleep, and the GPU has not enough memory left to wake it for its "
+            "end. Free what else the script keeps there, and try again."
+        )
 
 
 def _let_go(engine_model: nn.Module, kv_caches: list[Any], standby: cpu_standby.Storages | None) -> None:

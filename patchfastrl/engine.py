@@ -176,8 +176,12 @@ def build(
     quantisation.refuse_engine(kwargs, packed)
     for old in list(live):
         old.close("another engine was built in this process, which has room for one. Use the newer trainer or model.")
+    end.come_up()
     process_groups.make_anew()
     on_cpu = current_platform.is_cpu()
+    if not on_cpu:
+        cuda_weight_pool.leave()  # by an engine of which the building failed
+        cuda_weight_pool.release_pools()
     sleep_mode = bool(kwargs.pop("enable_sleep_mode", False))
     for name in ("trust_remote_code", "revision", "tokenizer"):
         kwargs.pop(name, None)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,32 @@ def test_a_later_engine_does_not_put_to_sleep_what_an_earlier_one_left(monkeypat
         assert pool._python_free_callback(address)[2] == address
     with pytest.raises(KeyError):
         pool._python_free_callback(2000)
+    allocate(4000)
+    cuda_weight_pool.leave()
+    allocate(4000)  # the first one failed, and vLLM's record stayed
+    assert pool._python_free_callback(4000)[2] == 4000
+    assert cuda_weight_pool.nbytes() == 0
+
+
+def test_pools_go_before_what_frees_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.device_allocator import cumem
+
+    from patchfastrl.compat import cuda_weight_pool
+
+    class Thing:
+        pass
+
+    allocator, memory = Thing(), Thing()
+    left = weakref.ref(allocator), weakref.ref(memory)
+    pool = cumem.CuMemAllocator()
+    pool.allocator_and_pools["kv_cache"] = (memory, allocator)
+    del allocator, memory
+    monkeypatch.setattr(cumem.CuMemAllocator, "instance", pool)
+    monkeypatch.setattr(cuda_weight_pool, "_allocators", [])
+    cuda_weight_pool.release_pools()
+    assert left[0]() is not None
+    assert left[1]() is None
+    assert not pool.allocator_and_pools
 
 
 def test_graphs_end_with_their_engine() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -562,6 +563,36 @@ def test_closing_without_room_changes_nothing(full_gpu: pytest.MonkeyPatch) -> N
     llm.wake_up()
     assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(model, PROMPT)
     llm.close("the test is over.")
+
+
+def test_an_end_without_room_is_put_off(full_gpu: pytest.MonkeyPatch) -> None:
+    """Nobody can be told that there is none where an engine is collected; the next one finds out."""
+    from patchfastrl import end
+
+    before = gc.get_threshold()[2]
+    model = tiny.adapted(tiny.model("llama"))
+    llm = tiny.engine(model, enable_sleep_mode=True)
+    threshold = gc.get_threshold()[2]
+    arguments = list(llm._end.peek()[2])
+    arguments[4] = functools.partial(end.reachable, llm._asleep, None, None)
+    llm._end.detach()
+    weakref.finalize(llm, end.discard, *arguments)
+    llm.sleep()
+    caches = weakref.ref(llm.worker.model_runner.kv_caches[0])
+    del llm, arguments
+    gc.collect()
+    assert threshold != before
+    assert gc.get_threshold()[2] == before
+    model.get_base_model().resize_token_embeddings(50)  # nobody shares it any more
+    other = tiny.model("qwen2")
+    for _ in range(2):
+        with pytest.raises(StandbyError, match="nobody uses any more is asleep"):
+            tiny.engine(other)
+    assert caches() is not None
+    full_gpu.undo()
+    llm = tiny.engine(other)
+    assert caches() is None
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(other, PROMPT)
 
 
 def test_the_end_lets_go_of_the_memory_whoever_keeps_the_engines_model() -> None:
