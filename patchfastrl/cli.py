@@ -69,7 +69,8 @@ exit code: 0, 1 when a seam cannot be shown on this installation, 2 for a name t
 _PLAN = """\
 Prints what a run will have in the device's memory while it samples and while it trains, before it
 starts: weights, adapter, gradients, optimizer, KV cache, activations. Of MODEL (a folder, or a name
-on the hub) only the configuration is read. Activations are an upper bound.
+on the hub) only the configuration is read. Activations are estimated; of the memory that is free
+besides, layers keep theirs instead of computing them twice.
 
 exit code: 0 when it fits; 1 when it does not, with the settings that would.
 """
@@ -170,11 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--method", choices=["lora", "qlora", "full"], default="lora", help="default: lora")
     plan.add_argument("--rank", type=int, default=32, help="of the adapter, on all linear layers (default: 32)")
     plan.add_argument("--tokens", type=int, default=2048, help="of a prompt and its completion (default: 2048)")
+    plan.add_argument("--completion", type=int, help="max_completion_length, of these tokens (default: all of them)")
     plan.add_argument("--micro-batch", type=int, default=8, help="per_device_train_batch_size (default: 8)")
     plan.add_argument("--share", type=float, default=0.3, help="vllm_gpu_memory_utilization (default: 0.3)")
     plan.add_argument("--standby", action="store_true", help="with UNSLOTH_VLLM_STANDBY=1")
     plan.add_argument("--adapter", action="store_true", help="rollouts='adapter': nothing is merged into a copy")
     plan.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
+    plan.add_argument("--recompute", choices=["least", "needed", "always"], default="least", help="default: least")
     plan.add_argument("--float8-kv-cache", action="store_true", help="KV cache in 8 bits")
     plan.add_argument("--memory", type=float, metavar="GIB", help="of the device (default: what this machine's has)")
 
@@ -202,6 +205,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         standby=arguments.standby,
         merged=not arguments.adapter,
         checkpointing=not arguments.no_checkpointing,
+        completion=arguments.completion,
+        recompute=arguments.recompute,
         float8_kv_cache=arguments.float8_kv_cache,
     )
     shape = plan.shape_of_name(arguments.model, arguments.rank)

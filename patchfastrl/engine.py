@@ -197,11 +197,11 @@ def build(
     if max_lora_rank is not None or isinstance(model, PeftModel):
         most = plan.beside_the_trainer(shape, replace(run, share=0.95), memory.device_bytes()).share
         copied, merging = rollouts.merged(model, dtype, sleep_mode, kwargs, args, most)
-    run = replace(run, merged=merging)
-    if not on_cpu and (wrong := plan.problem(shape, run, memory.device_bytes(), estimated=False)):
-        raise UnsupportedError(wrong)
+    run = replace(run, merged=merging, recompute="always" if on_cpu else install.settings().recompute)
+    if not on_cpu:
+        plan.check(shape, run, memory.device_bytes())
     parts = plan.budget(shape, run, memory.device_bytes()).lines()
-    logger.log(logging.INFO if on_cpu else logging.WARNING, "\n".join(["PatchFastRL: memory, at most", *parts]))
+    logger.log(logging.INFO if on_cpu else logging.WARNING, "\n".join(["PatchFastRL: memory, planned", *parts]))
     if max_lora_rank is None and isinstance(model, PeftModel) and not merging:
         max_lora_rank = adapters.slot_rank(model)
     if max_lora_rank is not None:

@@ -1,17 +1,21 @@
 """The byte budget of a run: what lies in the device's memory while sampling and while training, before any of it does.
 
 Counted exactly: weights, adapter, gradients, the optimizer's state, the engine's own weights. Estimated: activations
-(an upper bound for one micro-step of a decoder), and a fixed head-room for CUDA, its libraries and graphs.
+(of one micro-step of a decoder), what layers keep instead of being recomputed (only what is free is used for it), and
+a fixed head-room for CUDA, its libraries and graphs.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .errors import UnsupportedError
-from .memory import gib
+from .memory import SPARE, gib
+
+logger = logging.getLogger("patchfastrl")
 
 Method = Literal["lora", "qlora", "full"]
 
@@ -36,7 +40,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked for. `tokens`: of a prompt and its completion. `micro_batch`: sequences in a micro-step."""
+    """What is asked for.
+
+    Attributes:
+        tokens: of a prompt and its completion. completion: those that logits are computed for; None: all.
+        micro_batch: sequences in a micro-step.
+        recompute: `PatchFastRL(recompute=...)`; "always" on a CPU.
+    """
 
     method: Method
     tokens: int
@@ -45,6 +55,8 @@ class Run:
     standby: bool
     merged: bool = True
     checkpointing: bool = True
+    completion: int | None = None
+    recompute: str = "least"
     float8_kv_cache: bool = False
     optimizer_bytes: int = 8  # a trained parameter: AdamW in float32
     taken: int = 0  # bytes of the device that other processes hold, or this one beside the trainer
@@ -92,6 +104,7 @@ def budget(shape: Shape, run: Run, device: int) -> Budget:
     standing = {} if run.standby else {"KV cache": cache}
     sampling = {**states, "gradients": 0, "engine's own weights": own, "KV cache": cache, "head-room": HEADROOM}
     training = {**states, **standing, "activations": _activations(shape, run), "head-room": HEADROOM}
+    training["kept activations"] = _kept(shape, run, device, sum(sampling.values()), sum(training.values()))
     return Budget(device - run.taken, sampling, training)
 
 
@@ -123,12 +136,25 @@ def _states(shape: Shape, run: Run) -> dict[str, int]:
 
 
 def _activations(shape: Shape, run: Run) -> int:
-    """Upper bound for one micro-step: what is kept of each layer, what one layer computes with, and the logits."""
+    """For one micro-step: what is kept of each layer, what one layer computes with, and the logits."""
     tokens = run.micro_batch * run.tokens
-    layer = tokens * (10 * shape.hidden + 5 * shape.intermediate) * shape.itemsize
-    kept = tokens * shape.hidden * shape.itemsize if run.checkpointing else layer
-    logits = tokens * shape.vocabulary * (2 * shape.itemsize + 4)  # as computed, as scaled, their gradient
-    return shape.layers * kept + max(3 * layer, logits)
+    kept = tokens * shape.hidden * shape.itemsize if run.checkpointing else _layer(shape, run)
+    scored = run.micro_batch * (run.tokens if run.completion is None else min(run.completion + 1, run.tokens))
+    logits = 6 * scored * shape.vocabulary * shape.itemsize  # as computed, scaled, in log-softmax; gradients of these
+    return shape.layers * kept + max(3 * _layer(shape, run), logits)
+
+
+def _layer(shape: Shape, run: Run) -> int:
+    """What one layer computes with in a micro-step, and keeps unless it is recomputed."""
+    return run.micro_batch * run.tokens * (10 * shape.hidden + 5 * shape.intermediate) * shape.itemsize
+
+
+def _kept(shape: Shape, run: Run, device: int, sampling: int, training: int) -> int:
+    """What layers keep that are not recomputed, though the script asks for it."""
+    if run.recompute == "always" or not run.checkpointing:
+        return 0
+    limit = device - device // SPARE - run.taken if run.recompute == "least" else sampling
+    return min(max(limit - training, 0), shape.layers * _layer(shape, run))
 
 
 def one_sequence(shape: Shape, run: Run) -> int:
@@ -140,11 +166,11 @@ def problem(shape: Shape, run: Run, device: int, estimated: bool = True) -> str 
     """Why the run cannot work, and the settings that would; None if it can.
 
     Args:
-        estimated: False leaves the activations out, which are an upper bound: what is left cannot work for certain.
+        estimated: False leaves the activations out: what does not fit then cannot work for certain.
     """
     found = budget(shape, run, device)
     if not estimated:
-        found = replace(found, training={**found.training, "activations": 0})
+        found = replace(found, training={**found.training, "activations": 0, "kept activations": 0})
     cache = found.sampling["KV cache"]
     if cache < one_sequence(shape, run):
         needed = (one_sequence(shape, run) + found.sampling["engine's own weights"] + HEADROOM // 2) / found.device
@@ -156,6 +182,18 @@ def problem(shape: Shape, run: Run, device: int, estimated: bool = True) -> str 
     if not found.fits:
         return f"{gib(found.peak)} are needed and the device has {gib(device)}. " + _first_that_fits(shape, run, device)
     return None
+
+
+def check(shape: Shape, run: Run, device: int) -> None:
+    """Before anything is allocated.
+
+    Raises:
+        UnsupportedError: the run cannot work, whatever the activations take. With the settings that would.
+    """
+    if wrong := problem(shape, run, device, estimated=False):
+        raise UnsupportedError(wrong)
+    if likely := problem(shape, run, device):
+        logger.warning("PatchFastRL: training will probably run out of memory (activations are estimated): %s", likely)
 
 
 def _fits(shape: Shape, run: Run, device: int) -> bool:
@@ -282,6 +320,7 @@ def of_trainer(model: Any, args: Any, engine: dict[str, Any], taken: int, rank: 
         standby=bool(engine.get("enable_sleep_mode")),
         taken=taken,
         checkpointing=bool(getattr(args, "gradient_checkpointing", True)),
+        completion=getattr(args, "max_completion_length", None),
         float8_kv_cache=str(engine.get("kv_cache_dtype", "")).startswith("fp8"),
         optimizer_bytes=2 if "8bit" in str(getattr(args, "optim", "")) else 8,
     )

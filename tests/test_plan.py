@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchfastrl import cli, plan
+from patchfastrl.errors import UnsupportedError
 from patchfastrl.memory import gib
 
 GIB = 2**30
@@ -44,6 +45,46 @@ def test_without_standby_the_cache_stays() -> None:
     assert found.training["KV cache"] == found.sampling["KV cache"] > 0
     assert found.sampling["engine's own weights"] > 0
     assert "engine's own weights" not in found.training  # they are there while a batch runs
+
+
+def test_layers_keep_what_is_free() -> None:
+    """By default all but a tenth of the device is used for it; not what a script without checkpointing keeps anyway."""
+    long = replace(RUN, tokens=2112, completion=2048)
+    found = plan.budget(EIGHT, long, 80 * GIB)
+    assert 71.9 < sum(found.training.values()) / GIB < 72.1
+    assert found.fits
+    needed = plan.budget(EIGHT, replace(long, recompute="needed"), 80 * GIB)
+    assert sum(needed.training.values()) <= max(
+        sum(needed.sampling.values()), sum(needed.training.values()) - needed.training["kept activations"]
+    )
+    for none in replace(long, recompute="always"), replace(long, checkpointing=False):
+        assert plan.budget(EIGHT, none, 80 * GIB).training["kept activations"] == 0
+    roomy = plan.budget(EIGHT, replace(RUN, micro_batch=1), 1000 * GIB)
+    assert roomy.training["kept activations"] < 10 * GIB  # all that there are
+    scored = plan.budget(EIGHT, replace(long, completion=512), 80 * GIB).training["activations"]
+    assert scored < found.training["activations"]
+
+
+def test_what_cannot_work_is_refused_and_what_may_not_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    plan.check(EIGHT, RUN, 140 * GIB)
+    assert not caplog.records
+    long = replace(RUN, tokens=40960, completion=512, micro_batch=1, share=0.76, standby=False)
+    plan.check(EIGHT, long, 80 * GIB)
+    assert "will probably run out of memory" in caplog.text
+    assert "This fits: UNSLOTH_VLLM_STANDBY=1" in caplog.text
+    with pytest.raises(UnsupportedError, match=r"are needed and the device has 16.00 GiB.*load_in_4bit=True"):
+        plan.check(EIGHT, RUN, 16 * GIB)
+
+
+def test_the_plan_is_said_before_the_engine_is_built(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    with caplog.at_level("INFO", "patchfastrl"):
+        tiny.engine(model).close("the test is over.")
+    said = [record.getMessage() for record in caplog.records]
+    planned = next(i for i, line in enumerate(said) if line.startswith("PatchFastRL: memory, planned"))
+    ready = next(i for i, line in enumerate(said) if "engine ready" in line)
+    assert planned < ready
+    assert gib(sum(p.nbytes for n, p in model.named_parameters() if "lora" not in n)) in said[planned]
 
 
 def test_the_engine_gets_what_the_trainer_leaves() -> None:
@@ -132,6 +173,7 @@ def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "weights, shared" in said
     assert "It fits." in said
+    assert "kept activations" in said
     assert cli.main(["plan", path, "--tokens", "64", "--standby", "--memory", "80", "--share", "0.99"]) == 0
     assert "of the device: the trainer needs the rest" in capsys.readouterr().out
     assert cli.main(["plan", path, "--tokens", "64", "--memory", "1", "--share", "0.5"]) == 1
