@@ -6,8 +6,9 @@
 
 A trainer of each kind trains two steps and ends in one way or another: while it sleeps, because the next one is built;
 closed by hand; or deleted and collected. Engine and trainer are compared as in `correct.py`: after training, after
-another adapter was published, after sleeping and waking, and after vLLM's worker was put to sleep past the engine. They
-may differ on average by a fifth of what they would if the engine had not followed. On a GPU a sleeping engine is also
+another adapter was published, after another one (or a write into the weights) while the engine slept, and the same
+where vLLM's worker was put to sleep past the engine. They may differ on average by a fifth of what they would if the
+engine had not followed (after training: of what other tokens' differ by). On a GPU a sleeping engine is also
 woken, and closed, with too little memory left: that must be refused, and work once there is some. PASS or FAIL, with
 the figures; the exit status is the number of checks that failed. "In use" is what the driver counts (on a CPU: the
 resident set) when a trainer is gone; of the same kinds once more it may be 64 MiB more (on a CPU it is only told).
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from correct import CONTROL, another_adapter, difference, sample, score, sleeps, trainer_of
+from correct import CONTROL, another_adapter, difference, sample, score, sleeps, trainer_of, write
 from measure import Memory
 from shapes import SHAPES, versions
 
@@ -108,26 +109,35 @@ class Rounds:
         llm.publish()
         before = self._compare("after training", llm, trainer.model, None)
         if adapted:
-            another_adapter(trainer.model, seed=len(self.found))
+            self._change(trainer.model, adapted)
             llm.publish()
-            self._compare("after another adapter was published", llm, trainer.model, before)
+            before = self._compare("after another adapter was published", llm, trainer.model, before)
+        change = "another adapter" if adapted else "a write"
         if standby:
             llm.sleep()
+            self._change(trainer.model, adapted)
             if self._gpu:
                 self._without_room("waking", llm.wake_up)
             llm.wake_up()
             llm.publish()
-            self._compare("after sleeping and waking", llm, trainer.model, None)
+            before = self._compare(f"after {change} while it slept", llm, trainer.model, before)
             llm.collective_rpc("sleep", kwargs={"level": 1})
             self._refused("sampling after the worker was put to sleep", lambda: sample(llm))
+            self._change(trainer.model, adapted)
             llm.wake_up()
             llm.publish()
-            self._compare("after that", llm, trainer.model, None)
+            self._compare(f"after that, and {change}", llm, trainer.model, before)
             llm.sleep()
             if self._gpu:
                 self._without_room("closing", lambda: llm.close("not yet"))
         elif self._gpu:  # on a CPU every engine can
             self._refused("sleeping", llm.sleep)
+
+    def _change(self, model: Any, adapted: bool) -> None:
+        if adapted:
+            another_adapter(model, seed=len(self.found))
+        else:
+            write(model)
 
     def _compare(self, check: str, llm: Any, model: Any, before: Any) -> Any:
         """`before`: what was sampled before the model changed; None: it is as it was."""

@@ -7,11 +7,12 @@
 
 Log-probabilities that the engine returned for 16 x 64 tokens that it sampled are compared with those of the trainer's
 model: as built, after an in-place write into trainer parameters, after publishing another adapter, after sleep and
-wake, and after training. They may differ on average no more than stock TRL's do right after its weight sync (times
-1.15, for the noise of 1,024 tokens); the largest one no more than twice stock's. Each comparison has its control,
-which must differ at least five times as much: the engine's log-probabilities from before the change, against the
-changed model (where nothing changed: against those of other tokens). Prompts are always the same, so that a prefix
-cached for an older policy would show.
+wake, after another adapter (or a write) while the engine slept, and after training. They may differ on average no more
+than stock TRL's do right after its weight sync (times 1.15, for the noise of 1,024 tokens); the largest one no more
+than twice stock's. Each comparison has its control, which must differ at least five times as much: the engine's
+log-probabilities from before the change, against the changed model; where nothing changed (as built, plain sleep and
+wake, after training): those of other tokens. Prompts are always the same, so that a prefix cached for an older policy
+would show.
 
 In training, after --steps the base must be the same bit for bit, and from there to --long (lora) the driver's memory
 must not grow. lora, qlora: the adapter merged into the engine's copy; -adapter: in the engine's slot; -no-standby:
@@ -356,10 +357,24 @@ def patched(job: dict[str, Any]) -> None:
             llm.wake_up()
             llm.publish()
             compared("after sleep and wake", llm, like, changed=False)
-        if adapted:
-            another_adapter(model, 2)
+        if adapted or sleeps(job):
+            if sleeps(job):
+                llm.sleep(level=2)
+            if adapted:
+                another_adapter(model, 2)
+            else:
+                write(model)
+            if sleeps(job):
+                llm.wake_up()
             llm.publish()
-            compared("after publishing another adapter once more", llm, like)
+            change = "publishing another adapter" if adapted else "an in-place write"
+            compared(
+                f"after {change} {'while it slept' if sleeps(job) else 'once more'}",
+                llm,
+                like if adapted else "written",
+            )
+            if not adapted:
+                write(model)
         if sleeps(job):
             llm.sleep(level=2)
         train(job, trainer, memory)
