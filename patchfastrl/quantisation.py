@@ -43,7 +43,7 @@ def refuse_loading(name: str, kwargs: dict[str, Any]) -> None:
 
     for word in ("load_in_8bit", "load_in_fp8", "gguf_file"):
         if kwargs.get(word):
-            raise UnsupportedError(f"{word}={kwargs[word]!r}: {_ONLY} {_INSTEAD}")
+            raise UnsupportedError(f"{word}={kwargs[word]!r}: {_ONLY}{_why(word)} {_INSTEAD}")
     given = kwargs.get("quantization_config")
     if given is not None and not _unpacks(given):
         _refuse(given)
@@ -91,9 +91,9 @@ def refuse_model(base: nn.Module) -> None:
         # Quantised by hand: torchao, quanto and bitsandbytes' 8-bit are classes of their own, HQQ's are integers.
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
         if not plain and quant_state(parameter) is None:
+            dtype = str(parameter.dtype).removeprefix("torch.")
             raise UnsupportedError(
-                f"{name} is a {type(parameter).__name__} of {str(parameter.dtype).removeprefix('torch.')}: {_ONLY} "
-                f"{_INSTEAD}"
+                f"{name} is a {type(parameter).__name__} of {dtype}: {_ONLY}{_why(dtype)} {_INSTEAD}"
             )
 
 
@@ -110,7 +110,7 @@ def refuse_engine(kwargs: dict[str, Any], packed: bool) -> None:
     if wanted is not None and not (wanted == "bitsandbytes" and packed):
         raise UnsupportedError(
             f"quantization={wanted!r}: the engine's weights are the trainer's, so vLLM cannot quantise them on the "
-            f"fly.{_FP8 if 'fp8' in wanted else ''} Leave it out, or load the trainer's model in 4 bits "
+            f"fly.{_why(wanted)} Leave it out, or load the trainer's model in 4 bits "
             "(BitsAndBytesConfig(load_in_4bit=True), QLoRA). float8_kv_cache=True makes only the KV cache smaller."
         )
 
@@ -123,7 +123,13 @@ def _refuse(config: Any, where: str = "", instead: str = _INSTEAD) -> None:
     if _field(config, "load_in_4bit"):
         need_bitsandbytes(f"{where}{_named(config)}")
         return
-    raise UnsupportedError(f"{where}{_named(config)}: {_ONLY}{_FP8 if 'fp8' in _method(config) else ''} {instead}")
+    said = config if isinstance(config, dict) or config is None else config.to_dict()
+    raise UnsupportedError(f"{where}{_named(config)}: {_ONLY}{_why(f'{_method(config)} {said}')} {instead}")
+
+
+def _why(words: str) -> str:
+    """What there is to say of FP8 weights, if these words are about them (compressed-tensors: "float-quantized")."""
+    return _FP8 if any(word in words for word in ("fp8", "float8", "float-quantized")) else ""
 
 
 def _field(config: Any, name: str) -> Any:

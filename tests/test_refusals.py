@@ -63,7 +63,7 @@ def assert_refused(says: str, folder: Path, args: dict[str, Any] | None = None, 
         ({"vllm_sampling_params": {"no_such": 1}}, r"SamplingParams has no no_such"),
         ({"vllm_sampling_params": {"top_k": -7}}, r"top_k"),
         ({"model_init_kwargs": {"load_in_8bit": True}}, r"load_in_8bit=True: .* only bitsandbytes' 4-bit"),
-        ({"model_init_kwargs": {"load_in_fp8": True}}, r"load_in_fp8=True: .* only bitsandbytes' 4-bit"),
+        ({"model_init_kwargs": {"load_in_fp8": True}}, r"load_in_fp8=True: .* only bitsandbytes' 4-bit.*FP8 weights: "),
         ({"model_init_kwargs": {"gguf_file": "model.gguf"}}, r"gguf_file='model.gguf': .* only bitsandbytes' 4-bit"),
     ],
     ids=lambda v: str(v)[:50],
@@ -191,6 +191,14 @@ def test_a_quantisation_that_is_declared_elsewhere(place: dict[str, str], tmp_pa
     assert_method_refused("compressed-tensors", tmp_path, "declares quantization_config ", model=path)
 
 
+@pytest.mark.parametrize("kind", ["float-quantized", "pack-quantized"])
+def test_compressed_tensors_say_whether_they_are_fp8(kind: str, tmp_path: Path) -> None:
+    path = declaring({"quant_method": "compressed-tensors", "format": kind}, tmp_path)
+    with pytest.raises(UnsupportedError, match=r"\(compressed-tensors\): .* only bitsandbytes' 4-bit") as refused:
+        tiny.trainer(tmp_path, model=path)
+    assert ("FP8 weights: " in str(refused.value)) == (kind == "float-quantized")
+
+
 def test_a_trainer_with_an_engine_beside_it(tmp_path: Path) -> None:
     """It loads its model by itself, out of PatchFastRL's sight."""
     from trl.experimental.a2po import A2POConfig, A2POTrainer
@@ -266,7 +274,10 @@ def test_models_that_are_quantised_already(tmp_path: Path) -> None:
     ):
         layer.weight = weight
         assert_refused(
-            rf"layers\.1\.mlp\.up_proj\.weight is a {says}: .* only bitsandbytes' 4-bit", tmp_path, model=inside
+            rf"layers\.1\.mlp\.up_proj\.weight is a {says}: .* only bitsandbytes' 4-bit"
+            + (".*FP8 weights: " if "float8" in says else ""),
+            tmp_path,
+            model=inside,
         )
 
 
@@ -274,8 +285,11 @@ def test_models_that_are_quantised_already(tmp_path: Path) -> None:
 def test_a_quantisation_by_the_engine(quantization: str) -> None:
     from patchfastrl import engine
 
-    with pytest.raises(UnsupportedError, match=rf"quantization='{quantization}': .* cannot quantise them on the fly"):
+    with pytest.raises(
+        UnsupportedError, match=rf"quantization='{quantization}': .* cannot quantise them on the fly"
+    ) as refused:
         tiny.engine(tiny.model(), quantization=quantization)
+    assert ("FP8 weights: " in str(refused.value)) == (quantization == "fp8")
     assert not engine.live
 
 
