@@ -89,7 +89,7 @@ _allocators: list[Any] = []  # torch before 2.11 does not own what its pools fre
 def release_pools() -> None:
     """Torch keeps what was allocated in a pool as long as vLLM keeps the pool: until the next engine has its own.
 
-    (From some release on, 0.26 or one before, vLLM's worker does this when it shuts down; not if building it failed.)
+    From 0.26 on (not yet in 0.23) vLLM's worker drops them when it shuts down, but not when building it failed.
     """
     from vllm.device_allocator.cumem import CuMemAllocator
 

@@ -42,8 +42,6 @@ def discard(
 
     By garbage collection it may come while a GPU has no room for it: it is put off, then.
     """
-    guards.release(keys)
-    memory.collect_rarely(any(True for _ in live))  # its length counts those that are being collected
     with contextlib.ExitStack() as last_first:
         last_first.callback(memory.return_cached)
         last_first.callback(folder.cleanup)
@@ -54,6 +52,8 @@ def discard(
         last_first.callback(engine.engine_core.shutdown)
         if standby is None:
             last_first.callback(cuda_weight_pool.leave)
+        guards.release(keys)
+        memory.collect_rarely(any(True for _ in live))  # its length counts those that are being collected
         try:
             reach()
         except StandbyError:
@@ -64,7 +64,7 @@ def discard(
             last_first.enter_context(cpu_heap.not_walked())
 
 
-def come_up() -> None:
+def catch_up() -> None:
     """What was put off, before another engine is built.
 
     Raises:

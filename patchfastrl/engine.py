@@ -176,7 +176,7 @@ def build(
     quantisation.refuse_engine(kwargs, packed)
     for old in list(live):
         old.close("another engine was built in this process, which has room for one. Use the newer trainer or model.")
-    end.come_up()
+    end.catch_up()
     process_groups.make_anew()
     on_cpu = current_platform.is_cpu()
     if not on_cpu:

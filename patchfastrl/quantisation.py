@@ -123,8 +123,8 @@ def _refuse(config: Any, where: str = "", instead: str = _INSTEAD) -> None:
     if _field(config, "load_in_4bit"):
         need_bitsandbytes(f"{where}{_named(config)}")
         return
-    said = config if isinstance(config, dict) or config is None else config.to_dict()
-    raise UnsupportedError(f"{where}{_named(config)}: {_ONLY}{_why(f'{_method(config)} {said}')} {instead}")
+    why = _why(f"{_method(config)} {_field(config, 'format')}")
+    raise UnsupportedError(f"{where}{_named(config)}: {_ONLY}{why} {instead}")
 
 
 def _why(words: str) -> str:
