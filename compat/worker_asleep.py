@@ -1,15 +1,19 @@
-"""Know what of a worker's memory sleeps, whoever put it to sleep; release and take it once; take nothing without room.
+"""Know what of a worker's memory sleeps, whoever put it to sleep; release and take it once, and nothing else.
 
 Requirement: vLLM, all releases so far; from 0.30 on its pool itself skips what is awake, or asleep, already.
 Reason: the engine knows only of its own calls. Sampling into unmapped memory kills the process on a GPU; mapping memory
-twice, or part of it, is an error that vLLM's allocator does not recover from; and our tag would stay asleep.
+twice, or part of it, is an error that vLLM's allocator does not recover from; and our tag would stay asleep. And with
+the memory, torch's own would go, which a training step then takes anew (some 2 ms a GiB), and Python's collector would
+run, 0.7 s for all that TRL and vLLM import.
 Link: vllm/v1/worker/gpu_worker.py, vllm/device_allocator/cumem.py
-Until: vLLM's worker can be asked what sleeps, and refuses to wake where there is no room.
+Until: vLLM's worker can be asked what sleeps, refuses to wake where there is no room, and leaves torch's memory alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import gc
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from patchfastrl import memory
 from patchfastrl.errors import StandbyError
 
 from . import cuda_weight_pool
+from .replaced import replaced
 
 
 class Asleep:
@@ -57,14 +62,17 @@ class Asleep:
         if self.resident:
             self._tags.update(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
             self.releases += 1
-            self._sleep(*args, **kwargs)
+            with _nothing_else():
+                self._sleep(*args, **kwargs)
+            memory.make_room(0)
 
     def take(self, tags: list[str] | None = None) -> None:
         """Raises StandbyError, with nothing taken, if the device has not enough left."""
         wanted = {"kv_cache", cuda_weight_pool.OWN_WEIGHTS} if tags is None or "kv_cache" in tags else {*tags}
         if taking := sorted(wanted & self._tags):
             self.need_room(taking)
-            self._wake_up(taking)
+            with _nothing_else():
+                self._wake_up(taking)
             self._tags.difference_update(taking)
 
     def need_room(self, tags: Collection[str] | None = None) -> None:
@@ -85,3 +93,15 @@ class Asleep:
             return call(*args, **kwargs)
 
         return refuse
+
+
+@contextlib.contextmanager
+def _nothing_else() -> Iterator[None]:
+    """Nothing is collected (what there is, is frozen), and torch keeps the memory that it has at hand."""
+    with contextlib.ExitStack() as stack:
+        for module in (torch.cuda, getattr(torch, "accelerator", None)):
+            if hasattr(module, "empty_cache"):
+                stack.enter_context(replaced(module, "empty_cache", lambda: None))
+        stack.callback(gc.unfreeze)
+        gc.freeze()
+        yield

@@ -277,7 +277,7 @@ class SharedLLM(LLM):
         if level and self._asleep is not None:
             self._asleep.need_standby()  # before vLLM pauses its scheduler
         if not self.llm_engine.model_executor.is_sleeping:
-            with self._timed("sleep"), uninterrupted(), _nothing_to_collect():
+            with self._timed("sleep"), uninterrupted():
                 if level and self.copies is not None:
                     self.copies.release()
                 super().sleep(min(level, 1), *args, **kwargs)
@@ -382,13 +382,3 @@ class SharedLLM(LLM):
         if self.__dict__.get("_closed"):
             raise PatchFastRLError(f"This engine is closed: {self._closed}")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-
-@contextlib.contextmanager
-def _nothing_to_collect() -> Iterator[None]:
-    """vLLM calls the garbage collector when it sleeps: 0.7 s for all that TRL and vLLM import, unless it is frozen."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

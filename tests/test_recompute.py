@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,7 +235,7 @@ class Gpu:
         stats = {"allocated_bytes.all.current": 40, "reserved_bytes.all.current": 55, "allocated_bytes.all.peak": 50}
 
         def answer(name: str, ask: Any) -> None:
-            monkeypatch.setattr(torch.cuda, name, lambda device: (_get_device_index(device), ask())[1])
+            monkeypatch.setattr(torch.cuda, name, lambda device=0: (_get_device_index(device), ask())[1])
 
         answer("mem_get_info", lambda: (30, 100))
         answer("memory_stats", lambda: stats)
@@ -264,6 +266,40 @@ def test_what_torch_keeps_is_given_back_where_the_engine_needs_it(
     gpu = Gpu(monkeypatch)
     memory.make_room(nbytes)
     assert gpu.given_back == given_back
+
+
+@pytest.mark.parametrize(("recompute", "given_back"), [("least", 0), ("needed", 1)])
+def test_torch_keeps_its_memory_when_an_engine_sleeps(
+    recompute: Any, given_back: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own allocator gives it back and collects garbage; what only a GPU's build of vLLM has is noted down."""
+    from vllm.device_allocator import cumem
+
+    from patchfastrl.compat.worker_asleep import Asleep
+
+    PatchFastRL(recompute=recompute)
+    gpu, called, frozen = Gpu(monkeypatch), [], []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", gpu.give_back)
+    monkeypatch.setattr(gc, "collect", lambda: frozen.append(gc.get_freeze_count() > before))
+    for name in ("unmap_and_release", "create_and_map"):
+        monkeypatch.setattr(cumem, name, lambda handle, name=name: called.append(name))
+    pool = cumem.CuMemAllocator()
+    monkeypatch.setattr(cumem.CuMemAllocator, "instance", pool)
+    pool.current_tag = "kv_cache"
+    pool._python_malloc_callback((0, 10, 1000, 1001))
+    worker = SimpleNamespace(sleep=lambda: pool.sleep("weights"), wake_up=pool.wake_up, add_lora=None, pin_lora=None)
+    asleep, before = Asleep(worker, able=True), gc.get_freeze_count()
+    worker.sleep()
+    assert gpu.given_back == given_back
+    worker.wake_up(None)
+    assert gpu.given_back == given_back
+    assert asleep.resident
+    assert called == ["unmap_and_release", "create_and_map"]
+    assert frozen
+    assert all(frozen)
+    assert gc.get_freeze_count() == before
+    torch.cuda.empty_cache()
+    assert gpu.given_back == given_back + 1
 
 
 def test_a_larger_micro_batch_is_measured_first() -> None:
