@@ -9,9 +9,15 @@ closed by hand; or deleted and collected. Engine and trainer are compared as in 
 another adapter was published, after another one (or a write into the weights) while the engine slept, and the same
 where vLLM's worker was put to sleep past the engine. They may differ on average by a fifth of what they would if the
 engine had not followed (after training: of what other tokens' differ by). On a GPU a sleeping engine is also
-woken, and closed, with too little memory left: that must be refused, and work once there is some. PASS or FAIL, with
-the figures; the exit status is the number of checks that failed. "In use" is what the driver counts (on a CPU: the
-resident set) when a trainer is gone; of the same kinds once more it may be 64 MiB more (on a CPU it is only told).
+woken, and closed, with too little memory left: that must be refused, and work once there is some.
+
+Then trainers fail: the engine of one is not built to its end, and one runs out of memory while its engine sleeps, and
+is deleted while the memory is still taken. On a GPU the next one must be refused as long as that is so; then it must
+follow its model, and leave the memory free.
+
+PASS or FAIL, with the figures; the exit status is the number of checks that failed. "In use" is what the driver counts
+(on a CPU: the resident set) when a trainer is gone; of the same kinds once more it may be 64 MiB more (on a CPU it is
+only told).
 """
 
 from __future__ import annotations
@@ -22,9 +28,10 @@ import gc
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from correct import CONTROL, another_adapter, difference, sample, score, sleeps, trainer_of, write
 from measure import Memory
@@ -53,6 +60,7 @@ def main() -> None:
         for kind in options.only or KINDS:
             rounds.run(kind, number)
     rounds.end()
+    rounds.run_failing()
     failed = sum(not found["passed"] for found in rounds.found)
     print(f"{len(rounds.found) - failed} of {len(rounds.found)} passed")
     raise SystemExit(min(failed, 100))
@@ -79,8 +87,35 @@ class Rounds:
 
     def run(self, kind: str, number: int) -> None:
         settings, self._name = KINDS[kind], f"{kind} {number + 1}"
-        standby = sleeps({"kind": kind})
-        os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if standby else "0"
+        self._train(kind)
+        self._check(settings["method"] != "full", sleeps({"kind": kind}))
+        if settings["end"] == "closed":
+            self._trainer.vllm_generation.llm.close("it is closed by hand.")
+        if settings["end"] != "the next one":
+            self.end()
+            self._tell_memory(kind)
+
+    def run_failing(self) -> None:
+        """Trainers that fail, and the one after them, which does not."""
+        kind, self._name = "merged", "failing"
+        with _warm_up_fails(self._gpu):
+            self._raises("an engine is not built to its end", ArithmeticError, lambda: self._train(kind))
+        self.end()
+        ballast = _ballast(self._gpu)
+        self._raises("training runs out of memory", ballast.error, lambda: self._train(kind, ballast))
+        self.end()
+        if self._gpu:
+            self._refused("building while the memory is taken", lambda: self._train(kind))
+            ballast.memory = None
+            self.end()
+        self._train(kind)
+        self._check(True, True)
+        self.end()
+        self._tell_memory(kind)
+
+    def _train(self, kind: str, *callbacks: Any) -> None:
+        settings = KINDS[kind]
+        os.environ["UNSLOTH_VLLM_STANDBY"] = "1" if sleeps({"kind": kind}) else "0"
         from patchfastrl import PatchFastRL
 
         PatchFastRL(rollouts=settings["rollouts"])
@@ -90,13 +125,9 @@ class Rounds:
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             self._trainer = trainer_of(job, folder, stack)
+            for callback in callbacks:
+                self._trainer.add_callback(callback)
             self._trainer.train()
-        self._check(settings["method"] != "full", standby)
-        if settings["end"] == "closed":
-            self._trainer.vllm_generation.llm.close("it is closed by hand.")
-        if settings["end"] != "the next one":
-            self.end()
-            self._tell_memory(kind)
 
     def end(self) -> None:
         self._trainer = None
@@ -153,12 +184,15 @@ class Rounds:
     def _refused(self, check: str, call: Callable[[], Any]) -> None:
         from patchfastrl.errors import PatchFastRLError
 
+        self._raises(f"{check} is refused", PatchFastRLError, call)
+
+    def _raises(self, check: str, expected: type[Exception], call: Callable[[], Any]) -> None:
         try:
             call()
-        except PatchFastRLError as error:
-            self.say(f"{check} is refused", True, said=str(error)[:80])
+        except expected as error:
+            self.say(check, True, said=str(error)[:80])
         else:
-            self.say(f"{check} is refused", False)
+            self.say(check, False)
 
     def _without_room(self, check: str, call: Callable[[], Any]) -> None:
         import torch
@@ -174,6 +208,42 @@ class Rounds:
         used = self._memory.used() * 1024
         more = used - self._in_use.setdefault(kind, used)
         self.say("in use afterwards, MiB", more <= GROWTH or not self._gpu, in_use=used, more_than_the_first_time=more)
+
+
+def _ballast(gpu: bool) -> Any:
+    """A callback: all but 3 GiB of the GPU is taken when there are gradients, while the engine sleeps; then more."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Ballast(TrainerCallback):
+        memory: Any = None
+        error = torch.OutOfMemoryError if gpu else MemoryError
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            if not gpu:
+                raise MemoryError("as if there was none left")
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            self.memory = torch.empty(free - 3 * 2**30, dtype=torch.uint8, device="cuda")
+            torch.empty(total, dtype=torch.uint8, device="cuda")
+
+    return Ballast()
+
+
+@contextlib.contextmanager
+def _warm_up_fails(gpu: bool) -> Iterator[None]:
+    """The last that a worker does when an engine is built: it has its KV cache and its graphs."""
+    from vllm.v1.worker import cpu_worker, gpu_worker
+
+    owner = gpu_worker.Worker if gpu else cpu_worker.CPUWorker
+    before = owner.compile_or_warm_up_model
+
+    def fail(self: Any) -> None:
+        before(self)
+        raise ArithmeticError("as if warming up had failed")
+
+    with mock.patch.object(owner, "compile_or_warm_up_model", fail):
+        yield
 
 
 if __name__ == "__main__":

@@ -122,8 +122,14 @@ def test_trainers_one_after_another(tmp_path: Path) -> None:
     _, *found = json.loads(file.read_text())
     assert all(f["passed"] for f in found)
     assert [sum(f["trainer"] == f"{kind} 1" for f in found) for kind in kinds[1::2]] == [5, 2, 5]
+    refused = [f["check"] for f in found if f["trainer"] == "failing" and "said" in f]
+    assert refused == [
+        "an engine is not built to its end",
+        "training runs out of memory",
+        "sampling after the worker was put to sleep is refused",
+    ]
     assert all(f["mean"] < 1e-5 < 1e-2 < f["control"] for f in found if "control" in f)
-    assert "12 of 12 passed" in said
+    assert "20 of 20 passed" in said
 
 
 def test_a_check_that_fails_is_the_exit_status(tmp_path: Path) -> None:
