@@ -233,9 +233,10 @@ def _ballast(gpu: bool) -> Any:
 @contextlib.contextmanager
 def _warm_up_fails(gpu: bool) -> Iterator[None]:
     """The last that a worker does when an engine is built: it has its KV cache and its graphs."""
-    from vllm.v1.worker import cpu_worker, gpu_worker
-
-    owner = gpu_worker.Worker if gpu else cpu_worker.CPUWorker
+    if gpu:
+        from vllm.v1.worker.gpu_worker import Worker as owner
+    else:  # (which takes what vLLM uses of CUDA out of the process)
+        from vllm.v1.worker.cpu_worker import CPUWorker as owner
     before = owner.compile_or_warm_up_model
 
     def fail(self: Any) -> None:

@@ -22,7 +22,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "1.5b": ("Qwen2", {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
                        "num_attention_heads": 12, **QWEN}),
     "8b": ("Llama", {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                     "num_attention_heads": 32, **LLAMA}),
+                     "num_attention_heads": 32, "max_position_embeddings": 131072, **LLAMA}),
     "32b": ("Qwen3", {"vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
                       "num_attention_heads": 64, "head_dim": 128, **LLAMA}),
 }  # fmt: skip
@@ -47,8 +47,14 @@ def make_model(shape: str, method: str, folder: str, on_gpu: bool, dtype: Any = 
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     kind, settings = SHAPES[shape]
-    config = getattr(transformers, f"{kind}Config")(**settings, max_position_embeddings=65536, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0)  # fmt: skip
+    made_with = {
+        "max_position_embeddings": 65536,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        **settings,
+    }
+    config = getattr(transformers, f"{kind}Config")(**made_with)
     words = ["<p>", "<e>", *(f"w{n}" for n in range(config.vocab_size - 2))]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<p>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
