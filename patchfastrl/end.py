@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from vllm.platforms import current_platform
 
 from . import guards, memory
 from .compat import cpu_heap, cpu_standby, cuda_graphs, cuda_slot_addresses, cuda_weight_pool, worker_asleep
@@ -43,15 +44,9 @@ def discard(
     By garbage collection it may come while a GPU has no room for it: it is put off, then.
     """
     with contextlib.ExitStack() as last_first:
-        last_first.callback(memory.return_cached)
+        _free(last_first, worker, engine_model, standby)
         last_first.callback(folder.cleanup)
-        last_first.callback(_let_go, engine_model, getattr(worker.model_runner, "kv_caches", []), standby)
-        if standby is None:
-            last_first.callback(cuda_graphs.drop, worker.vllm_config)
-            last_first.callback(cuda_weight_pool.release_pools)
         last_first.callback(engine.engine_core.shutdown)
-        if standby is None:
-            last_first.callback(cuda_weight_pool.leave)
         guards.release(keys)
         memory.collect_rarely(any(True for _ in live))  # its length counts those that are being collected
         try:
@@ -79,6 +74,37 @@ def catch_up() -> None:
             "An engine that nobody uses any more is asleep, and the GPU has not enough memory left to wake it for its "
             "end. Free what else the script keeps there, and try again."
         )
+
+
+@contextlib.contextmanager
+def if_it_fails(made: dict[str, Any]) -> Iterator[None]:
+    """While an engine is built. If that fails, its memory goes at once.
+
+    Args:
+        made: what there is of it by then: vLLM's "model", and the "worker".
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.ExitStack() as last_first:
+            worker = made.get("worker")
+            _free(last_first, worker, made.get("model", nn.Module()), None)
+            if hasattr(worker, "shutdown"):  # not in every release
+                last_first.callback(worker.shutdown)
+        raise
+
+
+def _free(
+    last_first: contextlib.ExitStack, worker: Any, engine_model: nn.Module, standby: cpu_standby.Storages | None
+) -> None:
+    last_first.callback(memory.return_cached)
+    caches = [] if worker is None else getattr(worker.model_runner, "kv_caches", [])
+    last_first.callback(_let_go, engine_model, caches, standby)
+    if standby is None and not current_platform.is_cpu():
+        if worker is not None:
+            last_first.callback(cuda_graphs.drop, worker.vllm_config)
+        last_first.callback(cuda_weight_pool.release_pools)
+        last_first.callback(cuda_weight_pool.leave)
 
 
 def _let_go(engine_model: nn.Module, kv_caches: list[Any], standby: cpu_standby.Storages | None) -> None:

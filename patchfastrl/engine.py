@@ -179,9 +179,6 @@ def build(
     end.catch_up()
     process_groups.make_anew()
     on_cpu = current_platform.is_cpu()
-    if not on_cpu:
-        cuda_weight_pool.leave()  # by an engine of which the building failed
-        cuda_weight_pool.release_pools()
     sleep_mode = bool(kwargs.pop("enable_sleep_mode", False))
     for name in ("trust_remote_code", "revision", "tokenizer"):
         kwargs.pop(name, None)
@@ -218,6 +215,7 @@ def build(
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
     def on_load(engine_model: nn.Module) -> None:
+        made["model"] = engine_model
         layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
         materialise.materialise(engine_model, model, layout, home)
@@ -227,6 +225,7 @@ def build(
             cpu_rms_norm.install(engine_model)
 
     def on_profiled(worker: Any) -> int:
+        made["worker"] = worker
         memory.return_cached()
         made["slot"] = slot.memory_of(worker) if sleep_mode and max_lora_rank is not None else []
         more = materialise.own_memory(made["shared"], made["slot"], pool())
@@ -237,6 +236,7 @@ def build(
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_nothing_left_behind())
+        stack.enter_context(end.if_it_fails(made))
         stack.enter_context(_in_process())
         stack.enter_context(inspected_here.without_a_child())
         stack.enter_context(sampler_warmup.of_a_trainer())

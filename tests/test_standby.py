@@ -616,6 +616,36 @@ def test_the_end_lets_go_of_the_memory_whoever_keeps_the_engines_model() -> None
     assert tiny.greedy(model, PROMPT) == expected
 
 
+@pytest.mark.parametrize("method", ["determine_available_memory", "initialize_from_config", "compile_or_warm_up_model"])
+def test_a_build_that_fails_lets_go_of_the_memory(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps the engine's model, and as long as the error is there. The trainer's model is as it was."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    model = tiny.adapted(tiny.model("llama"))
+    expected = tiny.greedy(model, PROMPT)
+    kept: list[Any] = []
+    held: list[Any] = []
+
+    def fail(self: Any, *args: Any) -> None:
+        getattr(CPUWorker, f"{method}_before")(self, *args)
+        kept.append(self.model_runner.model)
+        caches = getattr(self.model_runner, "kv_caches", [])
+        held.extend(weakref.ref(t) for t in [*caches, *kept[0].parameters()])
+        assert bool(caches) == (method != "determine_available_memory")
+        raise ArithmeticError("as if there was no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CPUWorker, f"{method}_before", getattr(CPUWorker, method), raising=False)
+        patched.setattr(CPUWorker, method, fail)
+        with pytest.raises(ArithmeticError):
+            tiny.engine(model, enable_sleep_mode=True, max_lora_rank=8)
+        assert len(held) > len(list(kept[0].parameters())) or method == "determine_available_memory"
+        assert [p.numel() for p in kept[0].parameters()] == [0] * len(list(kept[0].parameters()))
+        assert all(ref() is None or ref().numel() == 0 for ref in held)
+    assert tiny.greedy(model, PROMPT) == expected
+    assert tiny.engine_greedy(tiny.engine(model, enable_sleep_mode=True), PROMPT) == expected
+
+
 def test_an_adapter_published_while_asleep_is_there_when_awake(with_slot: tuple[Any, Any, Any]) -> None:
     llm, model, memory = with_slot
     llm.sleep()
