@@ -96,11 +96,15 @@ class Rounds:
             self._tell_memory(kind)
 
     def run_failing(self) -> None:
-        """Trainers that fail, and the one after them, which does not."""
+        """Trainers that fail, and the one after them, which does not; before them one to compare the memory with."""
         kind, self._name = "merged", "failing"
+        self._train(kind)
+        self.end()
+        self._tell_memory(kind)
         with _warm_up_fails(self._gpu):
             self._raises("an engine is not built to its end", ArithmeticError, lambda: self._train(kind))
         self.end()
+        self._tell_memory(kind)
         ballast = _ballast(self._gpu)
         self._raises("training runs out of memory", ballast.error, lambda: self._train(kind, ballast))
         self.end()
@@ -211,7 +215,10 @@ class Rounds:
 
 
 def _ballast(gpu: bool) -> Any:
-    """A callback: all but 3 GiB of the GPU is taken when there are gradients, while the engine sleeps; then more."""
+    """A callback: what the next trainer's model needs is left of the GPU when there are gradients; then more is asked.
+
+    The engine sleeps then, and needs more than that to wake.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -219,12 +226,13 @@ def _ballast(gpu: bool) -> Any:
         memory: Any = None
         error = torch.OutOfMemoryError if gpu else MemoryError
 
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
             if not gpu:
                 raise MemoryError("as if there was none left")
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
-            self.memory = torch.empty(free - 3 * 2**30, dtype=torch.uint8, device="cuda")
+            needed = 2 * 2**30 + sum(p.nbytes for p in model.parameters())
+            self.memory = torch.empty(free - needed, dtype=torch.uint8, device="cuda")
             torch.empty(total, dtype=torch.uint8, device="cuda")
 
     return Ballast()

@@ -9,6 +9,7 @@ Until: vLLM can be told which allocations sleep.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -70,6 +71,16 @@ def leave() -> None:
     if (pool := CuMemAllocator.instance) is not None:
         left = pool.pointer_to_data.left if isinstance(pool.pointer_to_data, _Pieces) else {}
         pool.pointer_to_data = _Pieces(left | pool.pointer_to_data)
+
+
+def forget_error() -> None:
+    """Once vLLM's pool had too little memory it neither takes nor gives any, until it has raised that: as here."""
+    from vllm.device_allocator.cumem import CuMemAllocator, create_and_map
+
+    if CuMemAllocator.instance is not None:
+        handle = ctypes.c_ulonglong()
+        with contextlib.suppress(RuntimeError):  # to map nothing is an error, too
+            create_and_map((torch.cuda.current_device(), 0, 0, ctypes.addressof(handle)))
 
 
 class _Pieces(dict[int, Any]):

@@ -23,10 +23,10 @@ from .replaced import replaced
 
 
 @contextlib.contextmanager
-def after_profiling(allocate: Callable[[Any], int]) -> Iterator[None]:
+def after_profiling(allocate: Callable[[Any], int], made: dict[str, Any]) -> Iterator[None]:
     """While an engine is built: `allocate(worker)` runs before the KV cache, which gets less by the bytes it returns.
 
-    A KV cache whose size is given (`kv_cache_memory_bytes`) is that size.
+    A KV cache whose size is given (`kv_cache_memory_bytes`) is that size. `made` gets the "worker" before it measures.
     """
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -37,7 +37,7 @@ def after_profiling(allocate: Callable[[Any], int]) -> Iterator[None]:
 
     def then_allocate(self: Any) -> int:
         nonlocal allocated
-        allocated = True
+        allocated, made["worker"] = True, self
         _know_of_what_was_freed(self)
         available = measure(self)
         taken = allocate(self)

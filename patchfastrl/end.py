@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,8 @@ from .config_folder import ConfigFolder
 from .copies import Scratch
 from .errors import StandbyError
 from .llm import live
+
+logger = logging.getLogger("patchfastrl")
 
 _put_off: list[Callable[[], None]] = []
 
@@ -78,20 +82,34 @@ def catch_up() -> None:
 
 @contextlib.contextmanager
 def if_it_fails(made: dict[str, Any]) -> Iterator[None]:
-    """While an engine is built. If that fails, its memory goes at once.
+    """While an engine is built. If that fails, its memory goes at once, even if somebody keeps the error.
 
     Args:
         made: what there is of it by then: vLLM's "model", and the "worker".
     """
     try:
         yield
-    except BaseException:
-        with contextlib.ExitStack() as last_first:
-            worker = made.get("worker")
-            _free(last_first, worker, made.get("model", nn.Module()), None)
-            if hasattr(worker, "shutdown"):  # not in every release
-                last_first.callback(worker.shutdown)
+    except BaseException as error:
+        try:
+            _give_up(error, made.get("worker"), made.get("model", nn.Module()))
+        except Exception:  # after some errors of CUDA's, every call fails
+            logger.exception("PatchFastRL: the engine could not be built, and not all of its memory could be freed")
         raise
+
+
+def _give_up(error: BaseException | None, worker: Any, engine_model: nn.Module) -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    with contextlib.ExitStack() as last_first:
+        last_first.callback(cleanup_dist_env_and_memory)  # groups for this model, which the next engine would inherit
+        _free(last_first, worker, engine_model, None)
+        if hasattr(worker, "shutdown"):  # not in every release
+            last_first.callback(worker.shutdown)
+        if not current_platform.is_cpu():
+            last_first.callback(cuda_weight_pool.forget_error)
 
 
 def _free(
@@ -100,7 +118,7 @@ def _free(
     last_first.callback(memory.return_cached)
     caches = [] if worker is None else getattr(worker.model_runner, "kv_caches", [])
     last_first.callback(_let_go, engine_model, caches, standby)
-    if standby is None and not current_platform.is_cpu():
+    if not current_platform.is_cpu():
         if worker is not None:
             last_first.callback(cuda_graphs.drop, worker.vllm_config)
         last_first.callback(cuda_weight_pool.release_pools)

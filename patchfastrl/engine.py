@@ -225,7 +225,6 @@ def build(
             cpu_rms_norm.install(engine_model)
 
     def on_profiled(worker: Any) -> int:
-        made["worker"] = worker
         memory.return_cached()
         made["slot"] = slot.memory_of(worker) if sleep_mode and max_lora_rank is not None else []
         more = materialise.own_memory(made["shared"], made["slot"], pool())
@@ -234,76 +233,76 @@ def build(
         return more
 
     start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_nothing_left_behind())
-        stack.enter_context(end.if_it_fails(made))
-        stack.enter_context(_in_process())
-        stack.enter_context(inspected_here.without_a_child())
-        stack.enter_context(sampler_warmup.of_a_trainer())
+    with end.if_it_fails(made):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_nothing_left_behind())
+            stack.enter_context(_in_process())
+            stack.enter_context(inspected_here.without_a_child())
+            stack.enter_context(sampler_warmup.of_a_trainer())
+            if on_cpu:
+                cpu_import_order.worker_first()
+            stack.enter_context(_loader(on_load))
+            stack.enter_context(own_memory.after_profiling(on_profiled, made))
+            if on_cpu:
+                stack.enter_context(cpu_preload.not_needed())
+                stack.enter_context(cpu_linear.plain_weights())
+                stack.enter_context(cpu_experts.plain_weights())
+                stack.enter_context(cpu_kv_cache.in_bytes())
+                stack.enter_context(cpu_heap.not_frozen())
+            else:
+                stack.enter_context(cuda_weight_pool.weights_outside())
+                stack.enter_context(cuda_free_blocks.split())
+            stack.enter_context(expert_slots.left_out())
+            llm = SharedLLM(
+                model=str(folder.path),
+                load_format=LOAD_FORMAT,
+                dtype=str(dtype).removeprefix("torch."),
+                skip_tokenizer_init=tokenizer is None,
+                **kwargs,
+            )
+        llm.shared, llm.merging = made["shared"], merging
+        if llm.shared.plan.own:
+            llm.copies = Copies(llm.shared, merges=False)
+            llm.copies.merges = merging and llm.copies.hold_all_of(model)
         if on_cpu:
-            cpu_import_order.worker_first()
-        stack.enter_context(_loader(on_load))
-        stack.enter_context(own_memory.after_profiling(on_profiled))
-        if on_cpu:
-            stack.enter_context(cpu_preload.not_needed())
-            stack.enter_context(cpu_linear.plain_weights())
-            stack.enter_context(cpu_experts.plain_weights())
-            stack.enter_context(cpu_kv_cache.in_bytes())
-            stack.enter_context(cpu_heap.not_frozen())
-        else:
-            stack.enter_context(cuda_weight_pool.weights_outside())
-            stack.enter_context(cuda_free_blocks.split())
-        stack.enter_context(expert_slots.left_out())
-        llm = SharedLLM(
-            model=str(folder.path),
-            load_format=LOAD_FORMAT,
-            dtype=str(dtype).removeprefix("torch."),
-            skip_tokenizer_init=tokenizer is None,
-            **kwargs,
+            asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
+            llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
+        llm._asleep = worker_asleep.Asleep(llm.worker, able=on_cpu or sleep_mode)
+        scratch: Scratch | None = None
+        if llm.copies is not None and not sleep_mode:
+            if on_cpu:
+                scratch = cpu_standby.Storages({cuda_weight_pool.OWN_WEIGHTS: llm.copies.storages()})
+            elif cuda_weight_pool.usable():
+                scratch = cuda_weight_pool.Scratch()
+        llm._reachable = functools.partial(end.reachable, llm._asleep, llm._standby, scratch)
+        llm._end = weakref.finalize(
+            llm,
+            end.discard,
+            llm.llm_engine,
+            llm.worker,
+            llm.shared.engine_model,
+            list(llm.shared.keys.values()),
+            llm._reachable,
+            llm._standby,
+            folder,
         )
-    llm.shared, llm.merging = made["shared"], merging
-    if llm.shared.plan.own:
-        llm.copies = Copies(llm.shared, merges=False)
-        llm.copies.merges = merging and llm.copies.hold_all_of(model)
-    if on_cpu:
-        asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
-        llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
-    llm._asleep = worker_asleep.Asleep(llm.worker, able=on_cpu or sleep_mode)
-    if max_lora_rank is not None:
-        llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
-        _before_sleep(llm.worker, llm.slot.lose)
-        if on_cpu:
-            cpu_lora.install(llm.model_runner.lora_manager._adapter_manager.modules.values())
-    scratch: Scratch | None = None
-    if llm.copies is not None:
-        _before_sleep(llm.worker, llm.copies.release)
-        if on_cpu and not sleep_mode:
-            scratch = cpu_standby.Storages({cuda_weight_pool.OWN_WEIGHTS: llm.copies.storages()})
-        elif not sleep_mode and cuda_weight_pool.usable():
-            scratch = cuda_weight_pool.Scratch()
-        llm.copies.live_in(scratch)
-    _prepare_training(llm, model)
-    live.add(llm)
-    memory.collect_rarely(True)
-    guards.protect(llm)
-    keys = list(llm.shared.keys.values())
-    llm._reachable = functools.partial(end.reachable, llm._asleep, llm._standby, scratch)
-    llm._end = weakref.finalize(
-        llm,
-        end.discard,
-        llm.llm_engine,
-        llm.worker,
-        llm.shared.engine_model,
-        keys,
-        llm._reachable,
-        llm._standby,
-        folder,
-    )
-    llm._end.atexit = False  # the process' end frees everything anyway
+        llm._end.atexit = False  # the process' end frees everything anyway
     try:
+        if max_lora_rank is not None:
+            llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
+            _before_sleep(llm.worker, llm.slot.lose)
+            if on_cpu:
+                cpu_lora.install(llm.model_runner.lora_manager._adapter_manager.modules.values())
+        if llm.copies is not None:
+            _before_sleep(llm.worker, llm.copies.release)
+            llm.copies.live_in(scratch)
+        _prepare_training(llm, model)
+        live.add(llm)
+        memory.collect_rarely(True)
+        guards.protect(llm)
         audit(llm)
     except BaseException:
-        llm.close("its audit failed.")
+        llm.close("it could not be built.")
         raise
     llm.seconds["build"] = time.perf_counter() - start
     logger.warning(start_block.of(llm, sleep_mode))
@@ -353,11 +352,6 @@ def _nothing_left_behind() -> Iterator[None]:
     gc.freeze()  # vLLM collects garbage again and again, each time through all that TRL and vLLM import
     try:
         yield
-    except BaseException:
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()  # groups made for this model, which the next engine would inherit
-        raise
     finally:
         gc.unfreeze()  # vLLM freezes it too: nothing that is alive now could ever be collected
         import_errors.drop_tracebacks()

@@ -129,7 +129,7 @@ def test_trainers_one_after_another(tmp_path: Path) -> None:
         "sampling after the worker was put to sleep is refused",
     ]
     assert all(f["mean"] < 1e-5 < 1e-2 < f["control"] for f in found if "control" in f)
-    assert "20 of 20 passed" in said
+    assert "22 of 22 passed" in said
 
 
 def test_a_check_that_fails_is_the_exit_status(tmp_path: Path) -> None:

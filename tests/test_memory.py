@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -230,8 +231,6 @@ def test_a_piece_that_cannot_be_mapped_leaves_none_mapped(
     fails_at: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver's calls, which only a GPU's build of vLLM has, are noted down instead."""
-    from types import SimpleNamespace
-
     from vllm.device_allocator import cumem
 
     from patchfastrl.compat import cuda_weight_pool
@@ -314,6 +313,42 @@ def test_a_later_engine_does_not_put_to_sleep_what_an_earlier_one_left(monkeypat
     assert cuda_weight_pool.nbytes() == 0
 
 
+def test_what_a_failed_build_gives_back_on_a_gpu_and_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's pool first forgets that it had too little memory: as long as it knows, what is freed is not given back."""
+    from vllm.device_allocator import cumem
+    from vllm.distributed import parallel_state
+
+    from patchfastrl import end
+    from patchfastrl.compat import cuda_graphs, cuda_weight_pool
+
+    done: list[str] = []
+
+    def noted(name: str) -> Any:
+        return lambda *_: done.append(name)
+
+    def create_and_map(piece: tuple[int, int, int, int]) -> None:
+        done.append("error raised")
+        device, size, address, handle = piece
+        assert (device, size, address) == (0, 0, 0)
+        assert handle
+        raise RuntimeError("CUDA Error: invalid argument")
+
+    monkeypatch.setattr(cumem, "create_and_map", create_and_map)
+    monkeypatch.setattr(cumem.CuMemAllocator, "instance", cumem.CuMemAllocator())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(end.current_platform, "is_cpu", lambda: False)
+    for owner, name in (
+        (cuda_weight_pool, "leave"), (cuda_weight_pool, "release_pools"), (cuda_graphs, "drop"), (end, "_let_go"),
+        (end.memory, "return_cached"), (parallel_state, "cleanup_dist_env_and_memory"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, noted(name))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(), vllm_config=None, shutdown=noted("shutdown"))
+    with pytest.raises(ArithmeticError), end.if_it_fails({"worker": worker}):
+        raise ArithmeticError
+    first = ["error raised", "shutdown", "leave", "release_pools", "drop", "_let_go", "return_cached"]
+    assert done == [*first, "cleanup_dist_env_and_memory"]
+
+
 def test_pools_go_before_what_frees_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.device_allocator import cumem
 
@@ -336,8 +371,6 @@ def test_pools_go_before_what_frees_their_memory(monkeypatch: pytest.MonkeyPatch
 
 
 def test_graphs_end_with_their_engine() -> None:
-    from types import SimpleNamespace
-
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
     from patchfastrl.compat import cuda_graphs

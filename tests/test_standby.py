@@ -616,34 +616,56 @@ def test_the_end_lets_go_of_the_memory_whoever_keeps_the_engines_model() -> None
     assert tiny.greedy(model, PROMPT) == expected
 
 
-@pytest.mark.parametrize("method", ["determine_available_memory", "initialize_from_config", "compile_or_warm_up_model"])
+@pytest.mark.parametrize("method", ["load_model", "initialize_from_config", "compile_or_warm_up_model", "Asleep"])
 def test_a_build_that_fails_lets_go_of_the_memory(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever keeps the engine's model, and as long as the error is there. The trainer's model is as it was."""
     from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from patchfastrl.compat import worker_asleep
 
     model = tiny.adapted(tiny.model("llama"))
     expected = tiny.greedy(model, PROMPT)
     kept: list[Any] = []
     held: list[Any] = []
+    owner = CPUWorker if hasattr(CPUWorker, method) else worker_asleep
+    before = getattr(owner, method)
 
-    def fail(self: Any, *args: Any) -> None:
-        getattr(CPUWorker, f"{method}_before")(self, *args)
-        kept.append(self.model_runner.model)
-        caches = getattr(self.model_runner, "kv_caches", [])
-        held.extend(weakref.ref(t) for t in [*caches, *kept[0].parameters()])
-        assert bool(caches) == (method != "determine_available_memory")
-        raise ArithmeticError("as if there was no memory")
+    def fail(worker: Any, *args: Any, **kwargs: Any) -> None:
+        result = before(worker, *args, **kwargs)
+        kept.append(worker.model_runner.model)
+        local = [*getattr(worker.model_runner, "kv_caches", []), *kept[0].parameters()]
+        held.extend(map(weakref.ref, local))
+        raise ArithmeticError("as if there was no memory") from RuntimeError(str(result))
 
     with monkeypatch.context() as patched:
-        patched.setattr(CPUWorker, f"{method}_before", getattr(CPUWorker, method), raising=False)
-        patched.setattr(CPUWorker, method, fail)
-        with pytest.raises(ArithmeticError):
+        patched.setattr(owner, method, fail)
+        with pytest.raises(ArithmeticError) as error:
             tiny.engine(model, enable_sleep_mode=True, max_lora_rank=8)
-        assert len(held) > len(list(kept[0].parameters())) or method == "determine_available_memory"
-        assert [p.numel() for p in kept[0].parameters()] == [0] * len(list(kept[0].parameters()))
+        sizes = [p.numel() for p in kept[0].parameters()]
+        assert sizes == [0] * len(sizes)
+        assert (len(held) > len(sizes)) == (method != "load_model")
         assert all(ref() is None or ref().numel() == 0 for ref in held)
+        assert error.value.__traceback__ is not None
     assert tiny.greedy(model, PROMPT) == expected
     assert tiny.engine_greedy(tiny.engine(model, enable_sleep_mode=True), PROMPT) == expected
+
+
+def test_what_goes_wrong_while_a_failed_build_is_cleaned_up_is_told_beside_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from patchfastrl import end
+    from patchfastrl.compat import worker_asleep
+
+    def fail(text: str) -> None:
+        raise ArithmeticError(text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(end, "_let_go", lambda *_: fail("the second"))
+        patched.setattr(worker_asleep, "Asleep", lambda *_, **__: fail("the first"))
+        with pytest.raises(ArithmeticError, match="the first"):
+            tiny.engine(tiny.model("llama"), enable_sleep_mode=True)
+    assert "the second" in caplog.text
+    assert "not all of its memory could be freed" in caplog.text
 
 
 def test_an_adapter_published_while_asleep_is_there_when_awake(with_slot: tuple[Any, Any, Any]) -> None:
