@@ -81,35 +81,44 @@ def catch_up() -> None:
 
 
 @contextlib.contextmanager
-def if_it_fails(made: dict[str, Any]) -> Iterator[None]:
-    """While an engine is built. If that fails, its memory goes at once, even if somebody keeps the error.
-
-    Args:
-        made: what there is of it by then: vLLM's "model", and the "worker".
-    """
+def if_it_fails(free: Callable[[], None]) -> Iterator[None]:
+    """While an engine is built. If that fails, its memory goes at once, even if somebody keeps the error."""
+    handled = sys.exc_info()[1]
     try:
         yield
     except BaseException as error:
         try:
-            _give_up(error, made.get("worker"), made.get("model", nn.Module()))
+            if not current_platform.is_cpu():
+                cuda_weight_pool.forget_error()
+            _clear_frames(error, handled)
+            free()
         except Exception:  # after some errors of CUDA's, every call fails
             logger.exception("PatchFastRL: the engine could not be built, and not all of its memory could be freed")
         raise
 
 
-def _give_up(error: BaseException | None, worker: Any, engine_model: nn.Module) -> None:
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    while error is not None:
+def _clear_frames(error: BaseException | None, handled: BaseException | None) -> None:
+    """What the error's frames refer to, and those of errors that led to it, since `handled`."""
+    while error is not None and error is not handled:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
+
+
+def give_up(made: dict[str, Any]) -> None:
+    """The end of an engine that is none yet.
+
+    Args:
+        made: what there is of it: vLLM's "model", the "worker", its "standby" on a CPU. Nothing afterwards.
+    """
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
     with contextlib.ExitStack() as last_first:
         last_first.callback(cleanup_dist_env_and_memory)  # groups for this model, which the next engine would inherit
-        _free(last_first, worker, engine_model, None)
+        last_first.callback(made.clear)
+        worker: Any = made.get("worker")
+        _free(last_first, worker, made.get("model", nn.Module()), made.get("standby"))
         if hasattr(worker, "shutdown"):  # not in every release
             last_first.callback(worker.shutdown)
-        if not current_platform.is_cpu():
-            last_first.callback(cuda_weight_pool.forget_error)
 
 
 def _free(

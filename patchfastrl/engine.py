@@ -232,8 +232,7 @@ def build(
         memory.return_cached()
         return more
 
-    start = time.perf_counter()
-    with end.if_it_fails(made):
+    def begin() -> tuple[SharedLLM, Scratch | None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_nothing_left_behind())
             stack.enter_context(_in_process())
@@ -266,7 +265,7 @@ def build(
             llm.copies.merges = merging and llm.copies.hold_all_of(model)
         if on_cpu:
             asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
-            llm._standby = cpu_standby.install(llm.worker, asleep + made["slot"])
+            llm._standby = made["standby"] = cpu_standby.install(llm.worker, asleep + made["slot"])
         llm._asleep = worker_asleep.Asleep(llm.worker, able=on_cpu or sleep_mode)
         scratch: Scratch | None = None
         if llm.copies is not None and not sleep_mode:
@@ -287,7 +286,9 @@ def build(
             folder,
         )
         llm._end.atexit = False  # the process' end frees everything anyway
-    try:
+        return llm, scratch
+
+    def finish(llm: SharedLLM, scratch: Scratch | None) -> None:
         if max_lora_rank is not None:
             llm.slot = slot.Slot(llm.worker, model, llm.shared.plan)
             _before_sleep(llm.worker, llm.slot.lose)
@@ -301,9 +302,12 @@ def build(
         memory.collect_rarely(True)
         guards.protect(llm)
         audit(llm)
-    except BaseException:
-        llm.close("it could not be built.")
-        raise
+
+    start = time.perf_counter()
+    with end.if_it_fails(lambda: end.give_up(made)):
+        llm, scratch = begin()
+    with end.if_it_fails(lambda: llm.close("it could not be built.")):
+        finish(llm, scratch)
     llm.seconds["build"] = time.perf_counter() - start
     logger.warning(start_block.of(llm, sleep_mode))
     return llm

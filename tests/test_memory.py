@@ -343,8 +343,10 @@ def test_what_a_failed_build_gives_back_on_a_gpu_and_when(monkeypatch: pytest.Mo
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, noted(name))
     worker = SimpleNamespace(model_runner=SimpleNamespace(), vllm_config=None, shutdown=noted("shutdown"))
-    with pytest.raises(ArithmeticError), end.if_it_fails({"worker": worker}):
+    made = {"worker": worker}
+    with pytest.raises(ArithmeticError), end.if_it_fails(lambda: end.give_up(made)):
         raise ArithmeticError
+    assert not made
     first = ["error raised", "shutdown", "leave", "release_pools", "drop", "_let_go", "return_cached"]
     assert done == [*first, "cleanup_dist_env_and_memory"]
 

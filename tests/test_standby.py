@@ -616,25 +616,29 @@ def test_the_end_lets_go_of_the_memory_whoever_keeps_the_engines_model() -> None
     assert tiny.greedy(model, PROMPT) == expected
 
 
-@pytest.mark.parametrize("method", ["load_model", "initialize_from_config", "compile_or_warm_up_model", "Asleep"])
+@pytest.mark.parametrize(
+    "method", ["load_model", "initialize_from_config", "compile_or_warm_up_model", "Asleep", "Slot", "audit"]
+)
 def test_a_build_that_fails_lets_go_of_the_memory(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever keeps the engine's model, and as long as the error is there. The trainer's model is as it was."""
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    from patchfastrl import engine
+    from patchfastrl import slot as slots
     from patchfastrl.compat import worker_asleep
 
     model = tiny.adapted(tiny.model("llama"))
     expected = tiny.greedy(model, PROMPT)
     kept: list[Any] = []
     held: list[Any] = []
-    owner = CPUWorker if hasattr(CPUWorker, method) else worker_asleep
+    owner = next(o for o in (CPUWorker, worker_asleep, slots, engine) if hasattr(o, method))
     before = getattr(owner, method)
 
-    def fail(worker: Any, *args: Any, **kwargs: Any) -> None:
-        result = before(worker, *args, **kwargs)
+    def fail(asked: Any, *args: Any, **kwargs: Any) -> None:
+        result, worker = before(asked, *args, **kwargs), getattr(asked, "worker", asked)
         kept.append(worker.model_runner.model)
-        local = [*getattr(worker.model_runner, "kv_caches", []), *kept[0].parameters()]
-        held.extend(map(weakref.ref, local))
+        local = [] if method == "load_model" else [*worker.model_runner.kv_caches, *slots.memory_of(worker)]
+        held.extend(weakref.ref(tensor.untyped_storage()) for tensor in local)
         raise ArithmeticError("as if there was no memory") from RuntimeError(str(result))
 
     with monkeypatch.context() as patched:
@@ -643,8 +647,8 @@ def test_a_build_that_fails_lets_go_of_the_memory(method: str, monkeypatch: pyte
             tiny.engine(model, enable_sleep_mode=True, max_lora_rank=8)
         sizes = [p.numel() for p in kept[0].parameters()]
         assert sizes == [0] * len(sizes)
-        assert (len(held) > len(sizes)) == (method != "load_model")
-        assert all(ref() is None or ref().numel() == 0 for ref in held)
+        assert held or method == "load_model"
+        assert all(ref() is None or ref().nbytes() == 0 for ref in held)
         assert error.value.__traceback__ is not None
     assert tiny.greedy(model, PROMPT) == expected
     assert tiny.engine_greedy(tiny.engine(model, enable_sleep_mode=True), PROMPT) == expected
