@@ -98,10 +98,7 @@ _allocators: list[Any] = []  # torch before 2.11 does not own what its pools fre
 
 
 def release_pools() -> None:
-    """Torch keeps what was allocated in a pool as long as vLLM keeps the pool: until the next engine has its own.
-
-    From 0.26 on (not yet in 0.23) vLLM's worker drops them when it shuts down, but not when building it failed.
-    """
+    """Torch keeps what was allocated in a pool as long as vLLM does: before 0.26, until the next engine has its own."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     if (pool := CuMemAllocator.instance) is not None:
