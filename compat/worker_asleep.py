@@ -64,7 +64,7 @@ class Asleep:
             self.releases += 1
             with _nothing_else():
                 self._sleep(*args, **kwargs)
-            memory.make_room(0)
+            memory.make_room(0)  # whether torch gives back what it keeps goes by the rule for waking
 
     def take(self, tags: list[str] | None = None) -> None:
         """Raises StandbyError, with nothing taken, if the device has not enough left."""

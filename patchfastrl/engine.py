@@ -232,6 +232,8 @@ def build(
         memory.return_cached()
         return more
 
+    # Functions of their own: `if_it_fails` can clear their frames, and with them what these refer to.
+
     def begin() -> tuple[SharedLLM, Scratch | None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_nothing_left_behind())
