@@ -111,3 +111,37 @@ def test_no_other_process_can_take_the_port_first(tmp_path, monkeypatch):
     assert process.returncode == 0, err[-2000:]
     assert "JOINED" in out
     assert "TRAINED" in out
+
+
+LOGGED = """
+import gc, logging, sys, weakref
+sys.path.insert(0, {tests!r})
+import vllm
+records = []
+
+class Keeps(logging.Handler):
+    def emit(self, record):
+        records.append(record)
+
+logging.getLogger("vllm").addHandler(Keeps())
+import tiny
+
+def engine():
+    llm = tiny.engine(tiny.model())
+    return weakref.ref(llm)
+
+alive = engine()
+gc.collect()
+print("RECORDS", len(records), "ALIVE", alive() is not None)
+"""
+
+
+@pytest.mark.timeout(240)
+def test_who_keeps_log_records_keeps_no_engine():
+    """vLLM logs errors of its optional imports, and each has the frames that were importing."""
+    code = LOGGED.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, records, _, alive = done.stdout.split()[-4:]
+    assert int(records) > 0
+    assert alive == "False"
