@@ -11,9 +11,9 @@ where vLLM's worker was put to sleep past the engine. They may differ on average
 engine had not followed (after training: of what other tokens' differ by). On a GPU a sleeping engine is also
 woken, and closed, with too little memory left: that must be refused, and work once there is some.
 
-Then trainers fail: the engine of one is not built to its end, and one runs out of memory while its engine sleeps, and
-is deleted while the memory is still taken. On a GPU the next one must be refused as long as that is so; then it must
-follow its model, and leave the memory free.
+Then trainers fail: the engine of one is not built to its end (on a GPU also because its KV cache is too large), and one
+runs out of memory while its engine sleeps, and is deleted while the memory is still taken. On a GPU the next one must
+be refused as long as that is so; then it must follow its model, and leave the memory free.
 
 PASS or FAIL, with the figures; the exit status is the number of checks that failed. "In use" is what the driver counts
 (on a CPU: the resident set) when a trainer is gone; of the same kinds once more it may be 64 MiB more (on a CPU it is
@@ -105,6 +105,11 @@ class Rounds:
             self._raises("an engine is not built to its end", ArithmeticError, lambda: self._train(kind))
         self.end()
         self._tell_memory(kind)
+        if self._gpu:
+            with _too_large_a_cache():
+                self._raises("an engine's KV cache takes more than there is", Exception, lambda: self._train(kind))
+            self.end()
+            self._tell_memory(kind)
         ballast = _ballast(self._gpu)
         self._raises("training runs out of memory", ballast.error, lambda: self._train(kind, ballast))
         self.end()
@@ -252,6 +257,16 @@ def _warm_up_fails(gpu: bool) -> Iterator[None]:
         raise ArithmeticError("as if warming up had failed")
 
     with mock.patch.object(owner, "compile_or_warm_up_model", fail):
+        yield
+
+
+@contextlib.contextmanager
+def _too_large_a_cache() -> Iterator[None]:
+    """vLLM finds 256 GiB more than there are, and its pool runs out of memory in the middle of the KV cache."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    before = Worker.determine_available_memory
+    with mock.patch.object(Worker, "determine_available_memory", lambda self: before(self) + 256 * 2**30):
         yield
 
 

@@ -27,9 +27,10 @@ def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
                 storage = tensor.untyped_storage()
                 place = storage.data_ptr(), storage.nbytes()
             places[place] = tensor
+        on_gpu = all(tensor.is_cuda for tensor in places.values())
     if not places:
         return torch.zeros(0, dtype=torch.int64)
-    if all(tensor.is_cuda for tensor in places.values()):
+    if on_gpu:
         from ._checksum_kernel import weighted_sums
 
         return weighted_sums(tuple(places), next(iter(places.values())).device)

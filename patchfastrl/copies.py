@@ -24,8 +24,9 @@ from .interrupts import uninterrupted
 from .merge import Merge, merge_all
 from .packed import quant_state, storages_of, unpacked
 from .sharing import Shared, base_parameters
+from .trace import View
 
-Source = tuple[str, nn.Parameter]
+Source = tuple[str, nn.Parameter, torch.Tensor, View]  # a weight's name, the trainer's, and where the engine's lies
 
 
 class Scratch(Protocol):
@@ -129,25 +130,14 @@ class Copies:
 
     @torch.no_grad()
     def _fill(self, sources: list[Source], merged: dict[str, adapters.Adapter]) -> None:
-        others = [(self._home(name), parameter) for name, parameter in sources if name not in merged]
-        plain = [(home, parameter.data) for home, parameter in others if quant_state(parameter) is None]
+        others = [(view.on(home), parameter) for name, parameter, home, view in sources if name not in merged]
+        plain = [(home, parameter) for home, parameter in others if quant_state(parameter) is None]
         if plain:
             torch._foreach_copy_(*map(list, zip(*plain, strict=True)))
         for home, parameter in others:
             if quant_state(parameter) is not None and (values := unpacked(parameter, home)) is not home:
                 home.copy_(values)
-        merge_all(self._merges(sources, merged))
-
-    def _home(self, name: str) -> torch.Tensor:
-        destination, view = self._shared.plan.views[name]
-        return view.on(self._shared.homes[destination].data)
-
-    def _merges(self, sources: list[Source], merged: dict[str, adapters.Adapter]) -> Iterator[Merge]:
-        for name, parameter in sources:
-            if name in merged:
-                home, adapter = self._home(name), merged[name]
-                weight, transposed = unpacked(parameter, home), adapter.layer.fan_in_fan_out
-                yield Merge(home, weight, adapter.a.data, adapter.b.data, adapter.scaling, transposed)
+        merge_all(_merges(sources, merged))
 
     def check(self, adapter: bool = True) -> None:
         """Raise unless the engine's own weights are made of the trainer's as these are now."""
@@ -170,10 +160,11 @@ class Copies:
     # What they are made of ------------------------------------------------------------------------------------------
 
     def _copied(self) -> list[Source]:
-        """Name and parameter of all that is copied."""
-        current, plan = base_parameters(self._shared.model), self._shared.plan
+        """All that is copied, and where to."""
+        current, plan, homes = base_parameters(self._shared.model), self._shared.plan, self._shared.homes
         if current is not self._sources_of:  # it is remembered: another one means that the model has changed
-            self._sources = [(name, current[name]) for name, (home, _) in plan.views.items() if home in plan.own]
+            own = [(name, *place) for name, place in plan.views.items() if place[0] in plan.own]
+            self._sources = [(name, current[name], homes[home], view) for name, home, view in own]
             self._sources_of = current
         return self._sources
 
@@ -202,8 +193,15 @@ class Copies:
         return self._merged
 
 
+def _merges(sources: list[Source], merged: dict[str, adapters.Adapter]) -> Iterator[Merge]:
+    for name, parameter, whole, view in sources:
+        if (adapter := merged.get(name)) is not None:
+            weight = unpacked(parameter, home := view.on(whole))
+            yield Merge(home, weight, adapter.a, adapter.b, adapter.scaling, adapter.layer.fan_in_fan_out)
+
+
 def _digests_of(sources: list[Source]) -> torch.Tensor:
-    return digests(tensor for _, parameter in sources for tensor in storages_of(parameter))
+    return digests(tensor for _, parameter, *_ in sources for tensor in storages_of(parameter))
 
 
 @dataclass(frozen=True)

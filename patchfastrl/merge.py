@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 MAX_RANK = 128  # of the kernel: its tiles have to fit into a multiprocessor's shared memory
 
 
-@dataclass(frozen=True)
-class Merge:
+class Merge(NamedTuple):
     """One weight. All tensors are on one device.
 
     Attributes:
@@ -30,14 +29,17 @@ class Merge:
     @property
     def plain(self) -> bool:
         """Whether the kernel can do it: on a GPU, row by row, a rank that fits, no change of the weight's dtype."""
-        tensors = (self.home, self.weight, self.a, self.b)
+        home, weight, a, b, _, transposed = self
         return (
-            self.home.is_cuda
-            and not self.transposed
-            and self.a.shape[0] <= MAX_RANK
-            and self.home.dtype == self.weight.dtype
-            and self.a.dtype == self.b.dtype
-            and all(t.is_contiguous() for t in tensors)
+            home.is_cuda
+            and not transposed
+            and a.shape[0] <= MAX_RANK
+            and home.dtype == weight.dtype
+            and a.dtype == b.dtype
+            and home.is_contiguous()
+            and weight.is_contiguous()
+            and a.is_contiguous()
+            and b.is_contiguous()
         )
 
 

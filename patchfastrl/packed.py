@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -13,9 +14,14 @@ def quant_state(parameter: torch.Tensor) -> Any:
     """bitsandbytes' `QuantState` of a 4-bit parameter, None for any other."""
     if type(parameter) is nn.Parameter or "bitsandbytes" not in sys.modules:
         return None
+    return parameter.quant_state if isinstance(parameter, _kind()) else None
+
+
+@functools.cache
+def _kind() -> Any:
     from bitsandbytes.nn import Params4bit
 
-    return parameter.quant_state if isinstance(parameter, Params4bit) else None
+    return Params4bit
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
@@ -31,10 +37,10 @@ def dtype_of(parameter: torch.Tensor) -> torch.dtype:
 
 
 def unpacked(parameter: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
-    """The weight itself: `parameter`'s data; a packed one is unpacked, into `home` if that has its dtype."""
+    """The weight itself: `parameter`; a packed one is unpacked, into `home` if that has its dtype."""
     state = quant_state(parameter)
     if state is None:
-        return parameter.data
+        return parameter
     from bitsandbytes.functional import dequantize_4bit
 
     values = dequantize_4bit(parameter.data, state)
