@@ -146,6 +146,7 @@ def run(
                     child.begin(limit)
                     shown = " ".join(f"{k}={v}" for k, v in child.job.items())
                     print(f"{time.strftime('%H:%M:%S')} {shown}", file=sys.stderr, flush=True)
+            for device in range(at_once):  # once all have something to do
                 if device not in ahead and waiting and waiting[0].get("ahead"):
                     ahead[device] = start(device)
             for device, child in list(running.items()):

@@ -173,3 +173,33 @@ def test_the_peak_while_loading_is_worked_out(tmp_path: Path) -> None:
     for figures in made, by_name:
         assert figures["kept"] < figures["end"] <= figures["peak"]
         assert said.count(f"{figures['in copies']:.3f} |")
+
+
+JOB = """
+import json, sys, time
+sys.path.insert(0, {folder!r})
+import processes
+job = json.loads(sys.argv[2])
+processes.my_turn(job)
+began = time.time()
+time.sleep(2)
+processes.report(job, {{"turn": (began, time.time())}})
+"""
+
+
+def test_each_gpu_has_something_to_do_before_any_has_its_next_job(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import processes
+
+    (tmp_path / "job.py").write_text(JOB.format(folder=str(FOLDER)))
+    turns: list[tuple[float, float]] = []
+    processes.run(
+        str(tmp_path / "job.py"),
+        [{"side": name, "ahead": True} for name in "ab"],
+        lambda job, result: turns.append(tuple(result["turn"])),
+        lambda child: None,
+        limit=60,
+        at_once=2,
+    )
+    (first, second) = sorted(turns)
+    assert second[0] < first[1]
