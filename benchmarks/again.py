@@ -216,7 +216,12 @@ class Rounds:
     def _tell_memory(self, kind: str) -> None:
         used = self._memory.used() * 1024
         more = used - self._in_use.setdefault(kind, used)
-        self.say("in use afterwards, MiB", more <= GROWTH or not self._gpu, in_use=used, more_than_the_first_time=more)
+        figures = {"in_use": used, "more_than_the_first_time": more}
+        if self._gpu:
+            import torch
+
+            figures["of_torch"] = torch.cuda.memory_reserved() / 2**20
+        self.say("in use afterwards, MiB", more <= GROWTH or not self._gpu, **figures)
 
 
 def _ballast(gpu: bool) -> Any:
