@@ -106,8 +106,8 @@ class Rounds:
         self.end()
         self._tell_memory(kind)
         if self._gpu:
-            with _too_large_a_cache():
-                self._raises("an engine's KV cache takes more than there is", Exception, lambda: self._train(kind))
+            with _too_large_a_cache() as error:
+                self._raises("an engine's KV cache takes more than there is", error, lambda: self._train(kind))
             self.end()
             self._tell_memory(kind)
         ballast = _ballast(self._gpu)
@@ -266,13 +266,14 @@ def _warm_up_fails(gpu: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _too_large_a_cache() -> Iterator[None]:
+def _too_large_a_cache() -> Iterator[type[Exception]]:
     """vLLM finds 256 GiB more than there are, and its pool runs out of memory in the middle of the KV cache."""
+    import torch
     from vllm.v1.worker.gpu_worker import Worker
 
     before = Worker.determine_available_memory
     with mock.patch.object(Worker, "determine_available_memory", lambda self: before(self) + 256 * 2**30):
-        yield
+        yield torch.OutOfMemoryError
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class _Found:
 
         modules = list(model.modules())[1:]
         self._attributes = list(map(vars, modules))
-        self._entries = list(self._entries_now(model))
+        tables = self._tables_now(model)
+        self._sizes, self._entries = list(map(len, tables)), list(_entries(tables))
         self._parameters = [e for e in self._entries if isinstance(e, torch.Tensor)]
         self._trained = self._trained_now()
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer)]
@@ -40,10 +41,9 @@ class _Found:
     def __reduce__(self) -> Any:
         return type(None), ()
 
-    def _entries_now(self, model: nn.Module) -> Iterator[Any]:
-        """Every module's submodules and parameters, and an end."""
-        tables = chain.from_iterable(map(_tables_of, chain((vars(model),), self._attributes)))
-        return chain(chain.from_iterable(map(dict.values, filter(None, tables))), (_END,))
+    def _tables_now(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Where modules keep their submodules, and their parameters."""
+        return list(chain.from_iterable(map(_tables_of, chain((vars(model),), self._attributes))))
 
     def _trained_now(self) -> list[bool]:
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' tensors have one, called each time
@@ -53,15 +53,20 @@ class _Found:
         return [(m.disable_adapters, m.active_adapter, tuple(m.merged_adapters)) for m in self._layers]
 
     def holds(self, model: nn.Module) -> bool:
-        """As long as these are the same, there are no other modules and parameters than those known."""
+        """As long as every table has the same entries, there are no other modules and parameters than those known."""
+        tables = self._tables_now(model)
         return (
-            all(map(operator.is_, self._entries_now(model), self._entries))
+            self._sizes == list(map(len, tables))
+            and all(map(operator.is_, _entries(tables), self._entries))
             and self._trained == self._trained_now()
             and self._states == self._states_now()
         )
 
 
-_END = object()
+def _entries(tables: list[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, filter(None, tables)))
+
+
 _tables_of = operator.itemgetter("_modules", "_parameters")
 _KEY = "_patchfastrl_found"  # in the model's attributes: kept elsewhere, what is found would keep the model alive
 _looked_at: weakref.WeakSet[nn.Module] | None = None

@@ -189,6 +189,7 @@ processes.report(job, {{"turn": (began, time.time())}})
 
 def test_each_gpu_has_something_to_do_before_any_has_its_next_job(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # two of them are made up
     import processes
 
     (tmp_path / "job.py").write_text(JOB.format(folder=str(FOLDER)))
