@@ -19,7 +19,7 @@ The engine is built for the largest of them, with the same settings on every sid
 process' first step is left out of the medians, and shown as "first step". Nothing is in vLLM's cache at first, such as
 graphs that were compiled before; with --warm it is what a process left there that built the same trainer. Memory is the
 driver's count for the whole device (on a CPU: the resident set); the peak is the cell's own. The next process imports
-while one is measured.
+while one is measured; with --parallel others also compile meanwhile, which small models feel.
 
 With --in-turn N the sides' processes stay, and each cell is measured N times over, with one side after the other. Small
 models wait for the processor, whose speed can halve for some seconds where others use it, too (shown as "a loop in
