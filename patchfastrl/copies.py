@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -26,7 +26,19 @@ from .packed import quant_state, storages_of, unpacked
 from .sharing import Shared, base_parameters
 from .trace import View
 
-Source = tuple[str, nn.Parameter, torch.Tensor, View]  # a weight's name, the trainer's, and where the engine's lies
+
+class Source(NamedTuple):
+    """A weight that is copied: its name, the trainer's, and where the engine's lies."""
+
+    name: str
+    parameter: nn.Parameter
+    whole: torch.Tensor  # the engine's, of which it is a view
+    view: View
+
+    @property
+    def home(self) -> torch.Tensor:
+        """Made anew each time: kept, it would hold the engine's memory when that ends."""
+        return self.view.on(self.whole)
 
 
 class Scratch(Protocol):
@@ -130,7 +142,7 @@ class Copies:
 
     @torch.no_grad()
     def _fill(self, sources: list[Source], merged: dict[str, adapters.Adapter]) -> None:
-        others = [(view.on(home), parameter) for name, parameter, home, view in sources if name not in merged]
+        others = [(source.home, source.parameter) for source in sources if source.name not in merged]
         plain = [(home, parameter) for home, parameter in others if quant_state(parameter) is None]
         if plain:
             torch._foreach_copy_(*map(list, zip(*plain, strict=True)))
@@ -163,8 +175,11 @@ class Copies:
         """All that is copied, and where to."""
         current, plan, homes = base_parameters(self._shared.model), self._shared.plan, self._shared.homes
         if current is not self._sources_of:  # it is remembered: another one means that the model has changed
-            own = [(name, *place) for name, place in plan.views.items() if place[0] in plan.own]
-            self._sources = [(name, current[name], homes[home], view) for name, home, view in own]
+            self._sources = [
+                Source(name, current[name], homes[home], view)
+                for name, (home, view) in plan.views.items()
+                if home in plan.own
+            ]
             self._sources_of = current
         return self._sources
 
@@ -194,14 +209,14 @@ class Copies:
 
 
 def _merges(sources: list[Source], merged: dict[str, adapters.Adapter]) -> Iterator[Merge]:
-    for name, parameter, whole, view in sources:
-        if (adapter := merged.get(name)) is not None:
-            weight = unpacked(parameter, home := view.on(whole))
+    for source in sources:
+        if (adapter := merged.get(source.name)) is not None:
+            weight = unpacked(source.parameter, home := source.home)
             yield Merge(home, weight, adapter.a, adapter.b, adapter.scaling, adapter.layer.fan_in_fan_out)
 
 
 def _digests_of(sources: list[Source]) -> torch.Tensor:
-    return digests(tensor for _, parameter, *_ in sources for tensor in storages_of(parameter))
+    return digests(tensor for source in sources for tensor in storages_of(source.parameter))
 
 
 @dataclass(frozen=True)
