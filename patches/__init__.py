@@ -13,6 +13,7 @@ from . import (
     elsewhere,
     generate_call,
     load_policy,
+    log_probs,
     lora_request,
     old_logprobs,
     openenv,
@@ -38,6 +39,7 @@ SEAMS: tuple[Seam, ...] = (
     *chat_template.SEAMS,
     *broken_paths.SEAMS,
     *old_logprobs.SEAMS,
+    *log_probs.SEAMS,
     *generate_call.SEAMS,
     *elsewhere.SEAMS,
 )

@@ -81,8 +81,9 @@ def PatchFastRL(
             ``"merged"``: merged into a copy of the weights that it changes, within the engine's share of the memory,
             which is there while a batch runs (with standby: while the engine is awake). Faster per token on a GPU.
             None: merged on a GPU where the copy fits, else the adapter.
-        fused_training: whether adapters (and, where `liger-kernel` is installed, norms and gated activations) are
-            computed by fused operations in training: the same function, rounded in other places. None: on a GPU.
+        fused_training: whether adapters and log-probabilities (and, on a GPU, attention of padded batches and, where
+            `liger-kernel` is installed, norms, gated activations and rotary embeddings) are computed by fused
+            operations in training: the same function, rounded in other places. None: on a GPU.
         recompute: which layers gradient checkpointing recomputes, where the script turns it on; the numbers are the
             same. ``"least"``: on a GPU, only those whose activations do not fit into what is free on it. ``"needed"``:
             for a GPU that others use as well, only those that do not fit into the memory that the engine gave back
@@ -165,6 +166,13 @@ def _check_engine(gpu_memory_utilization: Any, max_model_length: Any, rollouts: 
         )
     if max_model_length is not None and (not isinstance(max_model_length, int) or max_model_length < 1):
         raise UnsupportedError(f"PatchFastRL(max_model_length={max_model_length!r}): expected a number of tokens.")
+
+
+def set_until_unpatched(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of somebody else's module while TRL is patched; do nothing where it is not."""
+    with _lock:
+        if _installation is not None and _installation.active:
+            _installation.set_attribute(owner, name, value)
 
 
 def _live_trainers() -> list[str]:
@@ -347,6 +355,10 @@ class Installation:
                 raise
             self.uninstall()
             warnings.warn(f"PatchFastRL left stock TRL in place: {error}", RuntimeWarning, stacklevel=2)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        with self._changing:
+            self._journal.set_attribute(owner, name, value)
 
     def uninstall(self) -> None:
         with self._changing:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .compat import guided_decoding
 from .errors import UnsupportedError
+from .log_probs import entropies, selected_log_probs
 from .old_logprobs import old_logps_later, promise_old_logps, with_old_logps
 from .sampling import sampling_overrides
 
@@ -25,6 +26,7 @@ __all__ = [
     "build_early_engine",
     "build_engine",
     "configure",
+    "entropies",
     "generate",
     "load_model",
     "lora_request",
@@ -34,6 +36,7 @@ __all__ = [
     "samples_elsewhere",
     "sampling_overrides",
     "sampling_params",
+    "selected_log_probs",
     "token_params",
     "with_old_logps",
 ]

@@ -77,6 +77,8 @@ UTILS, PPO = "trl/trainer/utils.py", "trl/experimental/ppo/ppo_trainer.py"
 SDFT, XPO = "trl/experimental/sdft/sdft_trainer.py", "trl/experimental/xpo/xpo_trainer.py"
 NASH_MD, BESIDE = "trl/experimental/nash_md/nash_md_trainer.py", "loads_later=True, beside=True"
 CREATE = "args, peft_config, model_init_kwargs"
+DIVIDED, IN_PLACE = "logits / self.temperature", "logits.div_(self.temperature)"
+AT_1 = "self.temperature == 1"
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,13 @@ CREATE = "args, peft_config, model_init_kwargs"
         ("0.27.0", PPO, "output = lm_backbone.generate(", "output = @generate("),
         ("0.21.0", RLOO, None, "config = @configure(self, config, policy, None, beside=True)"),
         ("0.21.0", RLOO, None, "@build_beside(self, args, self.model)"),
+        ("0.18.2", GRPO, f"logits = {DIVIDED}", f"logits = logits if {AT_1} else {DIVIDED}"),
+        ("0.29.1", RLOO, f"logits = {DIVIDED}", f"logits = logits if {AT_1} else {DIVIDED}"),
+        ("1.9.2", GRPO, IN_PLACE, f"logits if {AT_1} else {IN_PLACE}"),
+        ("1.0.0", RLOO, IN_PLACE, f"logits if {AT_1} else {IN_PLACE}"),
+        ("1.13.0", GRPO, f"logits = {DIVIDED}", f"logits = logits if {AT_1} else {DIVIDED}"),
+        ("0.18.2", UTILS, None, "if (selected := @selected_log_probs(logits, index)) is not None:"),
+        ("1.13.0", UTILS, None, "if (entropies := @entropies(logits)) is not None:"),
         ("1.12.0", PPO, None, "args = @configure(self, args, model, peft_config, beside=True)"),
         ("1.12.0", PPO, None, "@build_beside(self, args, self.policy_model)"),
         ("1.5.1", SDFT, None, "@build_beside(self, args, self.model)"),
@@ -362,7 +371,7 @@ def test_wheels_are_kept_and_named_wheels_are_read(
     (wheel,) = folder.glob("trl-0.24.0-*.whl")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched once more"))
     assert main(["check-source", "0.24.0", str(wheel), "--wheels", str(folder)]) == 0
-    assert capsys.readouterr().out == "trl 0.24.0: ok, 38 seams\n" * 2
+    assert capsys.readouterr().out == "trl 0.24.0: ok, 42 seams\n" * 2
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch.nn import functional
 
 from patchfastrl.structure import looked_at_once, remembered
-from patchfastrl.training import fuse
+from patchfastrl.training import _Adapted, fuse
 
 IDS = torch.tensor([tiny.ids(12), tiny.ids(12, start=5)])
 
@@ -67,6 +68,43 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     before, _ = logits_and_gradients(fused)
     after, _ = logits_and_gradients(other)
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("scaling", "bias"), [(1.0, True), (0.5, False)])
+def test_gradients_of_an_adapted_layer(scaling: float, bias: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 3, 7), "weight": (5, 7), "bias": (5,), "a": (4, 7), "b": (5, 4)}
+    given: dict[str, Any] = {n: torch.randn(s, generator=random, dtype=torch.float64) for n, s in shapes.items()}
+    given["bias"] = given["bias"] if bias else None
+    learned = [given[name].requires_grad_() for name in ("x", "a", "b")]
+
+    def adapted(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = _Adapted.apply(x, given["weight"], given["bias"], a, b, scaling)
+        return result
+
+    expected = functional.linear(given["x"], given["weight"], given["bias"])
+    expected = expected + scaling * given["x"] @ given["a"].T @ given["b"].T
+    torch.testing.assert_close(adapted(*learned), expected)
+    assert torch.autograd.gradcheck(adapted, learned)
+
+
+@pytest.mark.parametrize("case", ["a base that learns", "dropout", "rounded weights"])
+def test_layers_that_are_not_of_the_plainest_kind(case: str) -> None:
+    """Their sum is in place of PEFT's, too; gradients by torch's own rules."""
+    plain, fused = pair(**({"lora_dropout": 0.5} if case == "dropout" else {}))
+    for model in (plain, fused):
+        if case == "a base that learns":
+            model.get_base_model().requires_grad_(True)
+        elif case == "rounded weights":
+            model.get_base_model().float()
+    torch.manual_seed(0)
+    logits, gradients = logits_and_gradients(plain)
+    torch.manual_seed(0)
+    fused_logits, fused_gradients = logits_and_gradients(fused)
+    assert (fused_logits - logits).norm() < 0.05 * logits.norm()
+    assert fused_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.cosine_similarity(fused_gradients[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
 def test_what_a_model_consists_of_is_found_again_when_it_changes() -> None:
