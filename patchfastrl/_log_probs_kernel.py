@@ -6,13 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 4096  # logits of one token that a program reads at once
+_BLOCK = 2048  # logits of one token that a program reads at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(  # type: ignore[no-untyped-def]
-    logits, index, selected, lses, entropies, tokens, of_row, of_token, vocabulary,
-    INDEXED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, index, selected, lses, entropies, tokens, of_row, of_token, vocabulary, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     logits += (token // tokens) * of_row + (token % tokens) * of_token
@@ -33,13 +32,12 @@ def _forward(  # type: ignore[no-untyped-def]
     lse = largest + tl.log(total)
     tl.store(lses + token, lse)
     tl.store(entropies + token, tl.log(total) - weighted / total)
-    if INDEXED:
-        chosen = tl.load(index + token)
-        inside = (chosen >= 0) & (chosen < vocabulary)
-        tl.store(selected + token, tl.load(logits + chosen, mask=inside, other=float("nan")) - lse)
+    chosen = tl.load(index + token)
+    inside = (chosen >= 0) & (chosen < vocabulary)
+    tl.store(selected + token, tl.load(logits + chosen, mask=inside, other=float("nan")) - lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _backward(  # type: ignore[no-untyped-def]
     logits, index, lses, gradient, result, tokens, of_row, of_token, to_row, to_token, vocabulary,
     BLOCK: tl.constexpr,
@@ -54,15 +52,14 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(result + row * to_row + place * to_token + column, values, mask=inside)
 
 
-def forward(logits: torch.Tensor, index: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(logits: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `log_probs._forward`."""
     rows, tokens, vocabulary = logits.shape
-    selected, lses, entropies = logits.new_empty(3, rows, tokens)
-    places = lses if index is None else index.contiguous()
+    selected, lses, entropies = (logits.new_empty(rows, tokens) for _ in range(3))
     with torch.cuda.device(logits.device):
         _forward[(rows * tokens,)](
-            logits, places, selected, lses, entropies, tokens, logits.stride(0), logits.stride(1), vocabulary,
-            INDEXED=index is not None, BLOCK=_BLOCK, num_warps=8,
+            logits, index.contiguous(), selected, lses, entropies,
+            tokens, logits.stride(0), logits.stride(1), vocabulary, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
     return selected, lses, entropies
 

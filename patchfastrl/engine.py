@@ -212,9 +212,14 @@ def build(
     compiled = not kwargs.get("enforce_eager")
     folder = ConfigFolder(model, tokenizer, compiled, (dtype, cast, merging, sorted(copied)))
     made: dict[str, Any] = {}
+    ahead = None
+    if not on_cpu and _fuses():
+        ahead = training.compile_ahead(model, getattr(args, "per_device_train_batch_size", 1), dtype)
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
     def on_load(engine_model: nn.Module) -> None:
+        if ahead is not None:
+            ahead.result()  # from here on vLLM measures memory, and what runs on the GPU
         made["model"] = engine_model
         layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
@@ -342,7 +347,7 @@ def _share_of_the_rest(shape: plan.Shape, run: plan.Run, kwargs: dict[str, Any])
 def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     """What makes a training step faster, as far as it is wanted."""
     wanted, on_gpu = install.settings(), not current_platform.is_cpu()
-    if wanted.fused_training or (wanted.fused_training is None and on_gpu):
+    if _fuses():
         training.fuse(model)
     if llm.recompute is not None:
         llm.recompute.remove()
@@ -350,6 +355,11 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     if on_gpu and wanted.recompute != "always":
         device = memory.Device(next(model.parameters()).device)
         llm.recompute = Recompute(model, device, wanted.recompute == "least")
+
+
+def _fuses() -> bool:
+    wanted = install.settings().fused_training
+    return wanted or (wanted is None and not current_platform.is_cpu())
 
 
 @contextlib.contextmanager

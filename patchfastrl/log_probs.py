@@ -34,7 +34,18 @@ def entropies(logits: torch.Tensor) -> torch.Tensor | None:
     """
     if not _wanted(logits) or (logits.requires_grad and torch.is_grad_enabled()):
         return None
-    return _forward(logits.detach(), None)[2]
+    return _forward(logits.detach(), _zeros(logits))[2]
+
+
+def compile_ahead(device: torch.device, vocabulary: int) -> None:
+    """Compile the kernels for logits of such a vocabulary; Triton does that for each alignment of its rows."""
+    logits = torch.zeros(2, 2, 16 + vocabulary % 16, device=device)
+    selected, lse, _ = _forward(logits, _zeros(logits))
+    _backward(logits, _zeros(logits), lse, selected, torch.empty_like(logits))
+
+
+def _zeros(logits: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
 
 
 def _wanted(logits: torch.Tensor) -> bool:
@@ -89,17 +100,16 @@ class _Selected(torch.autograd.Function):
         return result, None, None, None
 
 
-def _forward(logits: torch.Tensor, index: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of `index` (of nothing in particular without), log-sum-exps and entropies, each (B, T)."""
+def _forward(logits: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of `index`, log-sum-exps and entropies, each (B, T)."""
     if logits.is_cuda:
         from . import _log_probs_kernel
 
         return _log_probs_kernel.forward(logits, index)
     selected, lses, found = [], [], []
-    for number, row in enumerate(logits):
+    for row, chosen in zip(logits, index, strict=True):
         lse = row.logsumexp(-1)
         logps = row - lse[:, None]
-        chosen = torch.zeros_like(lse, dtype=torch.int64) if index is None else index[number]
         selected.append(logps.gather(-1, chosen[:, None])[:, 0])
         lses.append(lse)
         found.append(-(logps.exp() * logps).sum(-1))

@@ -11,22 +11,47 @@ from typing import Any
 import torch
 
 from . import install
+from .compat.versions import installed
 
 NAME = "apply_rotary_pos_emb"  # in transformers' modules: a function, not a method, so it is every model's of a kind
 
 
 def use_liger(base: Any) -> None:
     """Rotate with Liger's kernel in models of this kind: on a GPU, in what is not compiled."""
+    modeling: Any = sys.modules[type(base).__module__]
+    stock, kernel = getattr(modeling, NAME, None), _kernel_for(base)
+    if kernel is not None and not getattr(stock, "patchfastrl", False):
+        install.set_until_unpatched(modeling, NAME, _on_gpu(kernel, stock))
+
+
+def compile_ahead(base: Any, rows: int, dtype: torch.dtype) -> None:
+    """Compile the kernel for so many rows; Triton does that for each alignment of their length."""
+    kernel, config = _kernel_for(base), base.config.get_text_config()
+    if kernel is None:
+        return
+    heads, device = config.num_attention_heads, next(base.parameters()).device
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for tokens in (16, 17):
+        q, k = (
+            torch.zeros(rows, tokens, n, size, dtype=dtype, device=device, requires_grad=True)
+            for n in (heads, config.num_key_value_heads)
+        )
+        angles = torch.zeros(1, tokens, size, dtype=base.dtype, device=device)
+        rotated = kernel(q.transpose(1, 2), k.transpose(1, 2), angles, angles)
+        torch.autograd.grad(rotated[0].sum() + rotated[1].sum(), (q, k))
+
+
+def _kernel_for(base: Any) -> Callable[..., Any] | None:
+    """Liger's, if it is installed and the model rotates as Llama does."""
     from transformers.models.llama import modeling_llama
 
-    modeling: Any = sys.modules[type(base).__module__]
-    stock = getattr(modeling, NAME, None)
-    done = getattr(stock, "patchfastrl", False)
-    if done or not all(_same(modeling, modeling_llama, name) for name in (NAME, "rotate_half")):
-        return
+    modeling = sys.modules[type(base).__module__]
+    if installed("liger-kernel") is None or not all(_same(modeling, modeling_llama, n) for n in (NAME, "rotate_half")):
+        return None
     from liger_kernel.ops.rope import LigerRopeFunction
 
-    install.set_until_unpatched(modeling, NAME, _on_gpu(LigerRopeFunction.apply, stock))
+    kernel: Callable[..., Any] = LigerRopeFunction.apply
+    return kernel
 
 
 def _on_gpu(kernel: Callable[..., Any], stock: Any) -> Callable[..., Any]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import types
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from . import attention, rotary
+from . import attention, log_probs, rotary
 from .compat.versions import installed
 from .sharing import base_of
 
@@ -36,6 +37,24 @@ def fuse(model: nn.Module) -> None:
         attention.leave_padding_out(base)
         if installed("liger-kernel") is not None:
             _use_liger(base)
+
+
+def compile_ahead(model: nn.Module, rows: int, dtype: torch.dtype) -> Future[None]:
+    """Compile Triton's kernels in a thread, so that the first training step does not wait for that.
+
+    Args:
+        rows: of a micro-batch. dtype: of autocast.
+    """
+    executor = ThreadPoolExecutor(1, "patchfastrl-compile")
+    try:
+        return executor.submit(_compile, base_of(model), rows, dtype)
+    finally:
+        executor.shutdown(wait=False)
+
+
+def _compile(base: Any, rows: int, dtype: torch.dtype) -> None:
+    log_probs.compile_ahead(base.device, base.config.get_text_config().vocab_size)
+    rotary.compile_ahead(base, rows, dtype)
 
 
 def _use_liger(base: Any) -> None:

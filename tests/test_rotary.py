@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiny
 import torch
+import transformers
+from packaging.version import Version
 from transformers.models.llama import modeling_llama
 
 from patchfastrl import PatchFastRL, UnpatchFastRL, rotary
@@ -22,15 +25,16 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     class LigerRopeFunction:
         @staticmethod
-        def apply(*args: Any) -> Any:
-            calls.append(args)
-            return args[:2]
+        def apply(q: Any, k: Any, *angles: Any) -> Any:
+            calls.append((q, k, *angles))
+            return q, k
 
     module = types.ModuleType("liger_kernel.ops.rope")
     module.LigerRopeFunction = LigerRopeFunction  # type: ignore[attr-defined]
     for name in ("liger_kernel", "liger_kernel.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rope", module)
+    monkeypatch.setattr(rotary, "installed", lambda _: Version("0.8.5"))
     return calls
 
 
@@ -86,6 +90,31 @@ def test_on_a_gpu(kernel: list[Any]) -> None:
     assert kernel == [(one, one, 1, 2)]
     assert rotate(one, one, 1, 2, 2) == rotate(one, one, 1, 2, unsqueeze_dim=2) == "stock"
     assert len(kernel) == 1
+
+
+def test_compiled_ahead_for_what_comes_later(kernel: list[Any]) -> None:
+    model = tiny.model("llama", torch.bfloat16)
+    seen: list[Any] = []
+    layer = model.model.layers[0].self_attn
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend(kwargs["position_embeddings"]), with_kwargs=True
+    )
+    model(input_ids=torch.tensor([tiny.ids(16)] * 3))
+    rotary.compile_ahead(model, 3, torch.bfloat16)
+    assert len(kernel) == 2
+    q, k, cos, sin = kernel[0]
+    heads, size = model.config.num_attention_heads, layer.head_dim
+    assert q.shape == (3, heads, 16, size)
+    assert k.shape == (3, model.config.num_key_value_heads, 16, size)
+    assert q.transpose(1, 2).is_contiguous()  # as a projection leaves it
+    assert [(t.shape, t.dtype) for t in (cos, sin)] == [(t.shape, t.dtype) for t in seen]
+    assert kernel[1][0].shape[2] % 16  # Triton compiles for lengths that 16 divides, and once more for others
+
+
+def test_nothing_to_compile(kernel: list[Any]) -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16))
+    rotary.compile_ahead(model, 3, torch.bfloat16)
+    assert not kernel
 
 
 @pytest.mark.parametrize("name", ["phi3", "cohere", "gpt_neox", "glm4"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import tiny
 import torch
 from torch.nn import functional
 
+from patchfastrl import log_probs, rotary
 from patchfastrl.structure import looked_at_once, remembered
-from patchfastrl.training import _Adapted, fuse
+from patchfastrl.training import _Adapted, compile_ahead, fuse
 
 IDS = torch.tensor([tiny.ids(12), tiny.ids(12, start=5)])
 
@@ -105,6 +107,31 @@ def test_layers_that_are_not_of_the_plainest_kind(case: str) -> None:
     assert fused_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert torch.cosine_similarity(fused_gradients[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
+
+
+def test_kernels_are_compiled_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by being called; here on a CPU, where nothing is compiled. An error comes out where it is waited for."""
+    calls: list[Any] = []
+    model = tiny.adapted(tiny.model("qwen2", torch.bfloat16))
+    before = log_probs._forward
+
+    def forward(logits: torch.Tensor, index: torch.Tensor) -> Any:
+        calls.append((threading.current_thread().name, logits.shape, logits.dtype))
+        return before(logits, index)
+
+    monkeypatch.setattr(log_probs, "_forward", forward)
+    assert compile_ahead(model, 4, torch.bfloat16).result() is None
+    ((thread, shape, dtype),) = calls
+    assert "patchfastrl-compile" in thread
+    assert shape[-1] % 16 == model.config.vocab_size % 16
+    assert dtype == torch.float32
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(rotary, "compile_ahead", fails)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        compile_ahead(model, 4, torch.bfloat16).result()
 
 
 def test_what_a_model_consists_of_is_found_again_when_it_changes() -> None:
