@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from .compat import guided_decoding
 from .errors import UnsupportedError
-from .log_probs import entropies, selected_log_probs
 from .old_logprobs import old_logps_later, promise_old_logps, with_old_logps
 from .sampling import sampling_overrides
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from .llm import SharedLLM
@@ -369,6 +369,21 @@ def token_params(params_class: Any, **settings: Any) -> Any:
     """
     settings.setdefault("detokenize", bool(settings.get("stop")))  # strings that end a completion are looked for in it
     return params_class(**settings)
+
+
+# Called from TRL's `selective_log_softmax` and `entropy_from_logits` ------------------------------------------------
+
+
+def selected_log_probs(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
+    from . import log_probs
+
+    return log_probs.selected_log_probs(logits, index)
+
+
+def entropies(logits: torch.Tensor) -> torch.Tensor | None:
+    from . import log_probs
+
+    return log_probs.entropies(logits)
 
 
 # For people ---------------------------------------------------------------------------------------------------------

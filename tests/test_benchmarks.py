@@ -204,3 +204,20 @@ def test_each_gpu_has_something_to_do_before_any_has_its_next_job(tmp_path: Path
     )
     (first, second) = sorted(turns)
     assert second[0] < first[1]
+
+
+def test_a_micro_step_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    said = script("micro_step.py", "--model", "tiny", "--tokens", 16, "--tokens", 32, "--rows", 4, "--json", file)
+    results = json.loads(file.read_text())
+    cells = [(16, False), (16, True), (32, False), (32, True)]
+    assert [(r["side"], r["tokens"], r["padded"]) for r in results] == [
+        (side, *cell) for side in ("stock", "patched") for cell in cells
+    ]
+    for stock, patched in zip(results[:4], results[4:], strict=True):
+        assert stock["micro"] > 0
+        assert patched["micro"] > 0
+        assert len(stock["logps"]) == len(patched["logps"]) <= 4 * stock["tokens"]
+        assert (len(stock["logps"]) < 4 * stock["tokens"]) == stock["padded"]
+        assert max(abs(a - b) for a, b in zip(stock["logps"], patched["logps"], strict=True)) < 1e-4
+    assert "| 32, padded |" in said
