@@ -168,9 +168,7 @@ def print_kernels(step: Any) -> None:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print(
-        "| tokens of a completion | stock, ms | patched, ms | ratio | peak, GiB: stock | patched | log-probabilities differ |"
-    )
+    print("| tokens | stock, ms | patched, ms | ratio | peak, GiB: stock | patched | log-probs differ |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     half = len(results) // 2
     for stock, patched in zip(results[:half], results[half:], strict=True):
