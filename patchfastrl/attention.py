@@ -6,6 +6,8 @@ computes with every token, and with keys and values copied for each query head.
 
 from __future__ import annotations
 
+import inspect
+import sys
 import weakref
 from typing import Any, NamedTuple
 
@@ -27,11 +29,10 @@ _CAUSAL = (-1, 0)  # how far a token looks, back and ahead
 
 def leave_padding_out(base: Any) -> None:
     """Let a model that computes attention with `scaled_dot_product_attention` leave padding out."""
-    torch_release, transformers_release = installed("torch"), installed("transformers")
-    assert torch_release is not None
-    assert transformers_release is not None
+    releases = ((installed("torch"), TORCH), (installed("transformers"), TRANSFORMERS))
     config = base.config.get_text_config()
-    if torch_release < TORCH or transformers_release < TRANSFORMERS or config._attn_implementation != "sdpa":
+    known = all(release is not None and release >= first for release, first in releases)
+    if not known or config._attn_implementation != "sdpa" or _asks_for_sdpa(base):
         return
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,6 +40,20 @@ def leave_padding_out(base: Any) -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     config._attn_implementation = NAME
+
+
+def _asks_for_sdpa(base: nn.Module) -> bool:
+    """Whether the model's source treats that implementation in a way of its own, or cannot be read."""
+    from transformers import PreTrainedModel
+
+    for name in {type(m).__module__ for m in base.modules() if isinstance(m, PreTrainedModel)}:
+        try:
+            source = inspect.getsource(sys.modules[name])
+        except OSError:
+            return True
+        if '"sdpa"' in source or "'sdpa'" in source:
+            return True
+    return False
 
 
 class Rows(NamedTuple):

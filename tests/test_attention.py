@@ -148,6 +148,19 @@ def test_a_choice_of_the_script_stays() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("case", ["it asks for sdpa", "no source"])
+def test_a_model_whose_source_may_treat_it_in_a_way_of_its_own(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def source(module: Any) -> str:
+        if case == "no source":
+            raise OSError
+        return 'if self.config._attn_implementation == "sdpa": ...'
+
+    monkeypatch.setattr(attention.inspect, "getsource", source)
+    model = tiny.model("qwen2")
+    attention.leave_padding_out(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_it_is_not_saved(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
