@@ -6,9 +6,11 @@ computes with every token, and with keys and values copied for each query head.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,30 +18,41 @@ from packaging.version import Version
 from torch import nn
 from torch.nn import functional
 
+from . import install
 from .compat.versions import installed
 
-NAME = "patchfastrl"  # of the implementation, as transformers knows it
+SDPA = "sdpa"  # transformers' name for it
 TORCH, TRANSFORMERS = Version("2.11"), Version("5.5")  # varlen_attn with a causal window; masks by their lengths
+_AMPERE = (8, 0)
 _LARGEST_HEAD = 256
 # Of B * T * T * hidden size: from here on a layer computes longer with a mask than it takes to launch the kernels that
 # leave padding out (0.7 ms, on an H200's host).
 _WORTH_IT = 2**33
 _CAUSAL = (-1, 0)  # how far a token looks, back and ahead
 
+_configs: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # of the models; they have no hash
+
 
 def leave_padding_out(base: Any) -> None:
-    """Let a model that computes attention with `scaled_dot_product_attention` leave padding out."""
+    """While TRL is patched, a model that computes with `scaled_dot_product_attention` leaves padding out."""
     releases = ((installed("torch"), TORCH), (installed("transformers"), TRANSFORMERS))
     config = base.config.get_text_config()
     known = all(release is not None and release >= first for release, first in releases)
-    if not known or config._attn_implementation != "sdpa" or _asks_for_sdpa(base):
+    if not known or config._attn_implementation != SDPA or _asks_for_sdpa(base):
         return
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-    config._attn_implementation = NAME
+    _configs[id(config)] = config
+    install.while_patched(functools.partial(_replace, ALL_MASK_ATTENTION_FUNCTIONS, mask))
+    install.while_patched(functools.partial(_replace, ALL_ATTENTION_FUNCTIONS, attend))
+
+
+def _replace(interface: Any, replacement: Callable[..., Any], journal: Any) -> None:
+    stock = interface[SDPA]
+    if getattr(stock, "func", None) is not replacement:
+        interface.register(SDPA, functools.partial(replacement, stock))
+        journal.on_undo(functools.partial(interface.register, SDPA, stock))
 
 
 def _asks_for_sdpa(base: nn.Module) -> bool:
@@ -48,10 +61,10 @@ def _asks_for_sdpa(base: nn.Module) -> bool:
 
     for name in {type(m).__module__ for m in base.modules() if isinstance(m, PreTrainedModel)}:
         try:
-            source = inspect.getsource(sys.modules[name])
-        except OSError:
+            lines = inspect.getsource(sys.modules[name]).splitlines()
+        except (OSError, TypeError):  # a class that was defined in a notebook
             return True
-        if '"sdpa"' in source or "'sdpa'" in source:
+        if any("_attn_implementation" in line and SDPA in line for line in lines):
             return True
     return False
 
@@ -71,36 +84,39 @@ class Rows(NamedTuple):
         return cls(padding.flatten().nonzero()[:, 0], starts, int(lengths.max()))
 
 
-_latest: tuple[weakref.ref[torch.Tensor], Rows] | None = None  # each layer of a forward asks for the same
+_latest: tuple[weakref.ref[torch.Tensor], int, Rows] | None = None  # each layer of a forward asks for the same
 
 
 def _rows(padding: torch.Tensor) -> Rows:
     global _latest
-    if _latest is None or _latest[0]() is not padding:
-        _latest = weakref.ref(padding), Rows.of(padding)
-    return _latest[1]
+    if _latest is None or _latest[0]() is not padding or _latest[1] != padding._version:
+        _latest = weakref.ref(padding), padding._version, Rows.of(padding)
+    return _latest[2]
 
 
-def mask(**given: Any) -> torch.Tensor | None:
+def mask(stock: Callable[..., Any], **given: Any) -> torch.Tensor | None:
     """In place of transformers' `sdpa_mask`: where padding and causality are all of it, the padding, (B, T)."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import causal_mask_function
 
-    padding = given.get("attention_mask")
+    padding, config = given.get("attention_mask"), given.get("config")
     if (
-        not isinstance(padding, torch.Tensor)
+        config is None
+        or _configs.get(id(config)) is not config
+        or not isinstance(padding, torch.Tensor)
         or padding.dim() != 2
         or not given["q_length"] == given["kv_length"] == padding.shape[1]
         or given["mask_function"] is not causal_mask_function
         or not given.get("allow_is_causal_skip", True)
-        or padding.numel() * padding.shape[1] * given["config"].hidden_size < _WORTH_IT
+        or padding.numel() * padding.shape[1] * config.hidden_size < _WORTH_IT
         or torch.compiler.is_compiling()
     ):
-        made: torch.Tensor | None = sdpa_mask(**given)
+        made: torch.Tensor | None = stock(**given)
         return made
     return None if padding.all() else padding
 
 
 def attend(
+    stock: Callable[..., Any],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -108,16 +124,17 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> Any:
     """In place of transformers' `sdpa_attention_forward`; (B, heads, T, size) becomes (B, T, heads, size)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if attention_mask is None or attention_mask.dim() != 2:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return stock(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # as torch does it: rotated in float32, they are of two dtypes
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
     if not _fits(query, key, value, kwargs):
         causal = torch.ones(2 * query.shape[2:3], dtype=torch.bool, device=query.device).tril()
         whole = causal & attention_mask[:, None, None, :]
-        return sdpa_attention_forward(module, query, key, value, whole, scaling=scaling, **kwargs)
+        return stock(module, query, key, value, whole, scaling=scaling, **kwargs)
     from torch.nn.attention.varlen import varlen_attn
 
     rows = _rows(attention_mask)
@@ -135,6 +152,7 @@ def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: d
     """Whether flash attention computes this."""
     return (
         query.is_cuda
+        and torch.cuda.get_device_capability(query.device) >= _AMPERE
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == key.shape[-1] == value.shape[-1] <= _LARGEST_HEAD

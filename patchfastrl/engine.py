@@ -213,8 +213,8 @@ def build(
     folder = ConfigFolder(model, tokenizer, compiled, (dtype, cast, merging, sorted(copied)))
     made: dict[str, Any] = {}
     ahead = None
-    if not on_cpu and _fuses():
-        ahead = training.compile_ahead(model, getattr(args, "per_device_train_batch_size", 1), dtype)
+    if not on_cpu and args is not None and _fuses():
+        ahead = training.compile_ahead(model, args)
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
     def on_load(engine_model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ from .seam import Seam, choose, variants
 
 if TYPE_CHECKING:
     from .hook import Change
+    from .live import Journal
     from .rewrite import Rewritten
 
 logger = logging.getLogger("patchfastrl")
@@ -168,11 +169,11 @@ def _check_engine(gpu_memory_utilization: Any, max_model_length: Any, rollouts: 
         raise UnsupportedError(f"PatchFastRL(max_model_length={max_model_length!r}): expected a number of tokens.")
 
 
-def set_until_unpatched(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute of somebody else's module while TRL is patched; do nothing where it is not."""
+def while_patched(change: Callable[[Journal], None]) -> None:
+    """Make a change outside of TRL, to be taken back with all others; none where TRL is not patched."""
     with _lock:
         if _installation is not None and _installation.active:
-            _installation.set_attribute(owner, name, value)
+            _installation.add(change)
 
 
 def _live_trainers() -> list[str]:
@@ -356,9 +357,9 @@ class Installation:
             self.uninstall()
             warnings.warn(f"PatchFastRL left stock TRL in place: {error}", RuntimeWarning, stacklevel=2)
 
-    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+    def add(self, change: Callable[[Journal], None]) -> None:
         with self._changing:
-            self._journal.set_attribute(owner, name, value)
+            change(self._journal)
 
     def uninstall(self) -> None:
         with self._changing:

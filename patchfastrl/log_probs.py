@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens, and entropies: each is one pass over the logits, and one more for the gradient.
 
 TRL's functions compute the same in many, each of them as large as the logits, which for small models are most of a
-training step. From 1.14 on TRL has a kernel of its own.
+training step.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from . import install
+
+END = Version("1.14")  # of TRL, which has a kernel of its own from here on
 
 
 def selected_log_probs(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
@@ -39,7 +42,7 @@ def entropies(logits: torch.Tensor) -> torch.Tensor | None:
 
 def compile_ahead(device: torch.device, vocabulary: int) -> None:
     """Compile the kernels for logits of such a vocabulary; Triton does that for each alignment of its rows."""
-    logits = torch.zeros(2, 2, 16 + vocabulary % 16, device=device)
+    logits = torch.zeros(2, 2, 16 + vocabulary % 16, dtype=torch.float32, device=device)
     selected, lse, _ = _forward(logits, _zeros(logits))
     _backward(logits, _zeros(logits), lse, selected, torch.empty_like(logits))
 
@@ -68,7 +71,9 @@ def _whole(logits: torch.Tensor) -> tuple[torch.Tensor, int]:
     base = logits._base
     if (
         base is None
-        or not logits.requires_grad
+        or not base.requires_grad
+        or logits.grad_fn is None  # a slice of which somebody made a leaf
+        or logits.retains_grad
         or not base.is_contiguous()
         or base.dim() != 3
         or (base.shape[0], base.shape[2], *base.stride()) != (logits.shape[0], logits.shape[2], *logits.stride())

@@ -21,21 +21,20 @@ def use_liger(base: Any) -> None:
     modeling: Any = sys.modules[type(base).__module__]
     stock, kernel = getattr(modeling, NAME, None), _kernel_for(base)
     if kernel is not None and not getattr(stock, "patchfastrl", False):
-        install.set_until_unpatched(modeling, NAME, _on_gpu(kernel, stock))
+        rotate = _on_gpu(kernel, stock)
+        install.while_patched(lambda journal: journal.set_attribute(modeling, NAME, rotate))
 
 
 def compile_ahead(base: Any, rows: int, dtype: torch.dtype) -> None:
     """Compile the kernel for so many rows; Triton does that for each alignment of their length."""
     kernel, config = _kernel_for(base), base.config.get_text_config()
-    if kernel is None:
+    heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    if kernel is None or None in heads:
         return
-    heads, device = config.num_attention_heads, next(base.parameters()).device
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    device, size = next(base.parameters()).device, getattr(config, "head_dim", None) or config.hidden_size // heads[0]
     for tokens in (16, 17):
-        q, k = (
-            torch.zeros(rows, tokens, n, size, dtype=dtype, device=device, requires_grad=True)
-            for n in (heads, config.num_key_value_heads)
-        )
+        shapes = [(rows, tokens, number, size) for number in heads]
+        q, k = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes)
         angles = torch.zeros(1, tokens, size, dtype=base.dtype, device=device)
         rotated = kernel(q.transpose(1, 2), k.transpose(1, 2), angles, angles)
         torch.autograd.grad(rotated[0].sum() + rotated[1].sum(), (q, k))
@@ -68,13 +67,13 @@ def _on_gpu(kernel: Callable[..., Any], stock: Any) -> Callable[..., Any]:
 
 def _same(module: Any, other: Any, name: str) -> bool:
     """Whether a function of two modules says the same; transformers has a copy in each."""
-    functions = [inspect.unwrap(found) for found in (getattr(m, name, None) for m in (module, other)) if found]
-    codes = [getattr(function, "__code__", None) for function in functions]
-    if len(codes) != 2 or any(code is None or code.co_freevars for code in codes):
-        return False
+    functions = [inspect.unwrap(getattr(m, name, print)) for m in (module, other)]
+    own = all(f.__module__ == m.__name__ for f, m in zip(functions, (module, other), strict=True))
+    if not own or not all(inspect.isfunction(f) and not f.__code__.co_freevars for f in functions):
+        return False  # somebody's replacement, or none
     said = [
-        (code.co_code, code.co_names, code.co_varnames, [c for c in code.co_consts if not isinstance(c, str)])
-        for code in codes
-        if code is not None
-    ]
-    return said[0] == said[1] and functions[0].__defaults__ == functions[1].__defaults__
+        (f.__code__.co_code, f.__code__.co_names, f.__code__.co_varnames, f.__defaults__,
+         [c for c in f.__code__.co_consts if not isinstance(c, str)])
+        for f in functions
+    ]  # fmt: skip
+    return said[0] == said[1]

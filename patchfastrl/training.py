@@ -39,21 +39,24 @@ def fuse(model: nn.Module) -> None:
             _use_liger(base)
 
 
-def compile_ahead(model: nn.Module, rows: int, dtype: torch.dtype) -> Future[None]:
+def compile_ahead(model: nn.Module, args: Any) -> Future[None]:
     """Compile Triton's kernels in a thread, so that the first training step does not wait for that.
 
     Args:
-        rows: of a micro-batch. dtype: of autocast.
+        args: the trainer's, whose micro-batches the kernels are for.
     """
     executor = ThreadPoolExecutor(1, "patchfastrl-compile")
     try:
-        return executor.submit(_compile, base_of(model), rows, dtype)
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        return executor.submit(_compile, base_of(model), args.per_device_train_batch_size, dtype)
     finally:
         executor.shutdown(wait=False)
 
 
 def _compile(base: Any, rows: int, dtype: torch.dtype) -> None:
-    log_probs.compile_ahead(base.device, base.config.get_text_config().vocab_size)
+    trl = installed("trl")
+    if trl is not None and trl < log_probs.END:
+        log_probs.compile_ahead(base.device, base.config.get_text_config().vocab_size)
     rotary.compile_ahead(base, rows, dtype)
 
 
@@ -73,7 +76,8 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
     base, dropout, scaling = self.base_layer, self.lora_dropout[name], self.scaling[name]
     a, b = self.lora_A[name], self.lora_B[name]
     dtype = torch.get_autocast_dtype(x.device.type)
-    if type(base) is nn.Linear and type(dropout) is nn.Identity and base.weight.dtype == dtype and _is_frozen(base):
+    frozen = base.weight.dtype == dtype and not any(p.requires_grad for p in base.parameters())
+    if frozen and type(dropout) is nn.Identity and _is_linear(base) and _is_linear(a):
         summed: torch.Tensor = _Adapted.apply(x.to(dtype), base.weight, base.bias, a.weight, b.weight, scaling)
         return summed
     result = base(x)
@@ -116,8 +120,10 @@ class _Adapted(torch.autograd.Function):
         return of_x, None, None, (of_low.t() @ x.flatten(0, -2)).to(ctx.dtypes[0]), of_b.to(ctx.dtypes[1]), None
 
 
-def _is_frozen(base: nn.Linear) -> bool:
-    return not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+def _is_linear(layer: nn.Module) -> bool:
+    """A linear layer and nothing else: nobody else hears of its calls."""
+    others = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and not others
 
 
 def _is_plain(layer: Any, x: torch.Tensor) -> bool:
@@ -133,4 +139,5 @@ def _is_plain(layer: Any, x: torch.Tensor) -> bool:
         and names[0] not in layer.lora_variant
         and layer.lora_A[names[0]].bias is None
         and layer.lora_B[names[0]].bias is None
+        and _is_linear(layer.lora_B[names[0]])
     )

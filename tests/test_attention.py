@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import tiny
 import torch
 import torch.nn.attention.varlen
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from patchfastrl import attention
+from patchfastrl import PatchFastRL, UnpatchFastRL, attention
 
 IDS = torch.tensor([tiny.ids(12), tiny.ids(12, start=5), tiny.ids(12, start=9)])
 # Prompts are padded on the left, completions on the right.
@@ -50,8 +54,12 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def _patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And small batches count, too."""
     monkeypatch.setattr(attention, "_WORTH_IT", 0)
+    PatchFastRL()
+    yield
+    UnpatchFastRL()
 
 
 def computed(model: Any, mask: torch.Tensor | None = MASK, **kwargs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -67,7 +75,6 @@ def computed(model: Any, mask: torch.Tensor | None = MASK, **kwargs: Any) -> tup
 def changed(kind: str) -> tuple[Any, Any]:
     stock, ours = tiny.model(kind), tiny.model(kind)
     attention.leave_padding_out(ours)
-    assert ours.config._attn_implementation == attention.NAME
     return stock, ours
 
 
@@ -139,41 +146,86 @@ def test_recomputed_layers(on_gpu: list[int]) -> None:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         torch.testing.assert_close(computed(ours)[1], computed(stock)[1], rtol=1e-3, atol=1e-5)
+    assert len(on_gpu) == 2 * 2 * stock.config.num_hidden_layers
 
 
-def test_a_choice_of_the_script_stays() -> None:
+def test_a_choice_of_the_script_stays(on_gpu: list[int]) -> None:
     model = tiny.model("qwen2")
     model.set_attn_implementation("eager")
     attention.leave_padding_out(model)
-    assert model.config._attn_implementation == "eager"
+    computed(model)
+    model.set_attn_implementation("sdpa")
+    computed(model)
+    assert not on_gpu
 
 
 @pytest.mark.parametrize("case", ["it asks for sdpa", "no source"])
-def test_a_model_whose_source_may_treat_it_in_a_way_of_its_own(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_source_may_treat_it_in_a_way_of_its_own(
+    case: str, on_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def source(module: Any) -> str:
         if case == "no source":
             raise OSError
         return 'if self.config._attn_implementation == "sdpa": ...'
 
     monkeypatch.setattr(attention.inspect, "getsource", source)
-    model = tiny.model("qwen2")
-    attention.leave_padding_out(model)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_it_is_not_saved(tmp_path: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
     _, ours = changed("qwen2")
-    ours.save_pretrained(tmp_path)
-    assert attention.NAME not in (tmp_path / "config.json").read_text()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    computed(ours)
+    assert not on_gpu
+
+
+def test_a_class_of_a_notebook(on_gpu: list[int]) -> None:
+    _, ours = changed("qwen2")
+    kind = type("Mine", (type(ours),), {"__module__": "builtins"})
+    attention._configs.clear()
+    attention.leave_padding_out(kind(ours.config))
+    computed(ours)
+    assert not on_gpu
+
+
+def test_only_this_model_and_only_while_trl_is_patched(on_gpu: list[int]) -> None:
+    stock, ours = changed("qwen2")
+    interfaces = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    replaced = [interface["sdpa"] for interface in interfaces]
+    attention.leave_padding_out(ours)
+    assert [interface["sdpa"] for interface in interfaces] == replaced  # not twice
+    computed(copy.deepcopy(ours))
+    assert not on_gpu
+    computed(ours)
+    assert on_gpu
+    on_gpu.clear()
+    UnpatchFastRL()
+    assert [interface["sdpa"] for interface in interfaces] == [sdpa_attention_forward, sdpa_mask]
+    attention.leave_padding_out(ours)
+    assert [interface["sdpa"] for interface in interfaces] == [sdpa_attention_forward, sdpa_mask]
+    assert torch.equal(computed(ours)[0], computed(stock)[0])
+    assert not on_gpu
+
+
+def test_a_mask_that_is_changed_in_place(on_gpu: list[int]) -> None:
+    stock, ours = changed("qwen2")
+    mask = MASK.bool()
+    computed(ours, mask)
+    mask[1, :5] = False
+    torch.testing.assert_close(computed(ours, mask)[0], computed(stock, mask)[0], rtol=1e-4, atol=1e-5)
+    assert on_gpu[-1] == int(mask.sum())
+
+
+def test_weights_in_float32_under_autocast(on_gpu: list[int]) -> None:
+    """Queries and keys are rotated in float32 there, and values are not."""
+    stock, ours = changed("qwen2")
+    with torch.autocast("cpu", torch.bfloat16):
+        (logps, _), (our_logps, _) = computed(stock), computed(ours)
+    torch.testing.assert_close(our_logps, logps, rtol=0.1, atol=0.3)
+    assert on_gpu
 
 
 def test_nothing_of_a_batch_is_kept(on_gpu: list[int]) -> None:
     _, ours = changed("qwen2")
-    mask = MASK.clone()
+    mask = MASK.bool().clone()  # transformers hands it on as it is
     computed(ours, mask)
+    assert attention._latest is not None
+    assert attention._latest[0]() is mask
     gone = weakref.ref(mask)
     del mask
     assert gone() is None

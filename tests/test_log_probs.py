@@ -1,4 +1,7 @@
-"""Log-probabilities and entropies in one pass: TRL's numbers and its gradients, and TRL's own code for the rest."""
+"""Log-probabilities and entropies in one pass: TRL's numbers and its gradients, and TRL's own code for the rest.
+
+On a machine with a GPU these run there, and so through the kernels.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -20,10 +24,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def logits(*shape: int, grad: bool = True) -> torch.Tensor:
     made = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 6
-    return made.requires_grad_(grad)
+    return made.to(tiny.DEVICE).requires_grad_(grad)
 
 
-INDEX = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(1))
+INDEX = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(1)).to(tiny.DEVICE)
 # What TRL does to a model's logits before it computes log-probabilities of the last 7 tokens.
 SLICED: dict[str, Any] = {
     "as they are": lambda given: given[:, 1:-1],
@@ -39,7 +43,7 @@ SLICED: dict[str, Any] = {
 @pytest.mark.parametrize("how", SLICED)
 def test_trls_numbers_and_gradients(how: str) -> None:
     found, gradients = [], []
-    weights = torch.linspace(-1, 2, 21).view(3, 7)
+    weights = torch.linspace(-1, 2, 21, device=tiny.DEVICE).view(3, 7)
     for function in (selective_log_softmax, log_probs.selected_log_probs):
         given = logits(3, 9, 57)
         selected = function(SLICED[how](given), INDEX)
@@ -80,6 +84,25 @@ def test_other_uses_of_the_same_logits_keep_their_gradients() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("case", ["a leaf of a detached slice", "a leaf of a slice", "its gradient is kept"])
+def test_slices_whose_own_gradient_is_asked_for(case: str) -> None:
+    output = logits(3, 9, 57) * 1
+    if case == "its gradient is kept":
+        given = output[:, 1:-1]
+        given.retain_grad()
+    else:
+        with torch.no_grad():
+            given = (output.detach() if "detached" in case else output)[:, 1:-1]
+        given.requires_grad_()
+    selected = log_probs.selected_log_probs(given, INDEX)
+    assert selected is not None
+    selected.sum().backward()
+    mine = given.grad
+    other = given.detach().clone().requires_grad_()
+    selective_log_softmax(other, INDEX).sum().backward()
+    torch.testing.assert_close(mine, other.grad)
+
+
 def test_entropies() -> None:
     given = logits(3, 9, 57, grad=False)
     torch.testing.assert_close(log_probs.entropies(given[:, 1:-1]), entropy_from_logits(given[:, 1:-1]))
@@ -101,6 +124,8 @@ def test_without_a_gradient() -> None:
 @pytest.mark.parametrize("case", ["not wanted", "on a CPU", "rounded", "two dimensions", "several of a token"])
 def test_trls_own_code_for_the_rest(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, index = logits(3, 7, 57), INDEX
+    if case == "on a CPU":
+        given, index = given.cpu(), index.cpu()
     if case in ("not wanted", "on a CPU"):
         wanted = dataclasses.replace(install.settings(), fused_training=False if case == "not wanted" else None)
         monkeypatch.setattr(install, "_settings", wanted)

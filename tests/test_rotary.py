@@ -111,6 +111,19 @@ def test_compiled_ahead_for_what_comes_later(kernel: list[Any]) -> None:
     assert kernel[1][0].shape[2] % 16  # Triton compiles for lengths that 16 divides, and once more for others
 
 
+def test_a_replacement_of_somebody_elses_stays(
+    kernel: list[Any], patched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = modeling("llama")
+
+    def own(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        return q, k
+
+    monkeypatch.setattr(module, rotary.NAME, own)
+    rotary.use_liger(model_of("llama"))
+    assert module.apply_rotary_pos_emb is own
+
+
 def test_nothing_to_compile(kernel: list[Any]) -> None:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16))
     rotary.compile_ahead(model, 3, torch.bfloat16)

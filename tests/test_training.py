@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import threading
+import types
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from torch.nn import functional
 
-from patchfastrl import log_probs, rotary
+from patchfastrl import log_probs, rotary, training
 from patchfastrl.structure import looked_at_once, remembered
 from patchfastrl.training import _Adapted, compile_ahead, fuse
 
@@ -109,10 +111,12 @@ def test_layers_that_are_not_of_the_plainest_kind(case: str) -> None:
         assert torch.cosine_similarity(fused_gradients[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
-def test_kernels_are_compiled_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trl", ["1.10.0", "1.14.0"])
+def test_kernels_are_compiled_in_a_thread(trl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by being called; here on a CPU, where nothing is compiled. An error comes out where it is waited for."""
     calls: list[Any] = []
     model = tiny.adapted(tiny.model("qwen2", torch.bfloat16))
+    args = types.SimpleNamespace(per_device_train_batch_size=4, fp16=True)
     before = log_probs._forward
 
     def forward(logits: torch.Tensor, index: torch.Tensor) -> Any:
@@ -120,18 +124,35 @@ def test_kernels_are_compiled_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> No
         return before(logits, index)
 
     monkeypatch.setattr(log_probs, "_forward", forward)
-    assert compile_ahead(model, 4, torch.bfloat16).result() is None
-    ((thread, shape, dtype),) = calls
-    assert "patchfastrl-compile" in thread
-    assert shape[-1] % 16 == model.config.vocab_size % 16
-    assert dtype == torch.float32
+    monkeypatch.setattr(training, "installed", lambda _: Version(trl))
+    monkeypatch.setattr(rotary, "compile_ahead", lambda *given: calls.append(given))
+    assert compile_ahead(model, args).result() is None
+    *own, rotated = calls
+    assert rotated == (model.get_base_model(), 4, torch.float16)
+    assert len(own) == (trl == "1.10.0")
+    for thread, shape, dtype in own:
+        assert "patchfastrl-compile" in thread
+        assert shape[-1] % 16 == model.config.vocab_size % 16
+        assert dtype == torch.float32
 
     def fails(*args: Any) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(rotary, "compile_ahead", fails)
     with pytest.raises(RuntimeError, match="no compiler"):
-        compile_ahead(model, 4, torch.bfloat16).result()
+        compile_ahead(model, args).result()
+
+
+@pytest.mark.parametrize("where", ["base_layer", "lora_A", "lora_B"])
+def test_hooks_of_the_layers_inside_are_called(where: str) -> None:
+    plain, fused = pair()
+    heard: list[str] = []
+    for name, model in (("plain", plain), ("fused", fused)):
+        layer = model.get_base_model().model.layers[0].mlp.up_proj
+        inner = layer.base_layer if where == "base_layer" else getattr(layer, where)["default"]
+        inner.register_forward_hook(lambda *_, name=name: heard.append(name))
+        logits_and_gradients(model)
+    assert heard == ["plain", "fused"]
 
 
 def test_what_a_model_consists_of_is_found_again_when_it_changes() -> None:
