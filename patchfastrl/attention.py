@@ -89,8 +89,9 @@ _latest: tuple[weakref.ref[torch.Tensor], int, Rows] | None = None  # each layer
 
 def _rows(padding: torch.Tensor) -> Rows:
     global _latest
-    if _latest is None or _latest[0]() is not padding or _latest[1] != padding._version:
-        _latest = weakref.ref(padding), padding._version, Rows.of(padding)
+    version: int = 0 if padding.is_inference() else padding._version
+    if _latest is None or _latest[0]() is not padding or _latest[1] != version:
+        _latest = weakref.ref(padding), version, Rows.of(padding)
     return _latest[2]
 
 
@@ -98,10 +99,10 @@ def mask(stock: Callable[..., Any], **given: Any) -> torch.Tensor | None:
     """In place of transformers' `sdpa_mask`: where padding and causality are all of it, the padding, (B, T)."""
     from transformers.masking_utils import causal_mask_function
 
-    padding, config = given.get("attention_mask"), given.get("config")
+    padding: Any = given.get("attention_mask")
+    config: Any = given.get("config")
     if (
-        config is None
-        or _configs.get(id(config)) is not config
+        id(config) not in _configs
         or not isinstance(padding, torch.Tensor)
         or padding.dim() != 2
         or not given["q_length"] == given["kv_length"] == padding.shape[1]

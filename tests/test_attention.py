@@ -211,6 +211,15 @@ def test_a_mask_that_is_changed_in_place(on_gpu: list[int]) -> None:
     assert on_gpu[-1] == int(mask.sum())
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context: Any, on_gpu: list[int]) -> None:
+    stock, ours = changed("qwen2")
+    with context():
+        logits = [m(input_ids=IDS, attention_mask=MASK, use_cache=False).logits[MASK.bool()] for m in (stock, ours)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert on_gpu
+
+
 def test_weights_in_float32_under_autocast(on_gpu: list[int]) -> None:
     """Queries and keys are rotated in float32 there, and values are not."""
     stock, ours = changed("qwen2")
