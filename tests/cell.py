@@ -207,6 +207,34 @@ def cached_prefix(mode: str, llm: Any, policy: Any, lora: bool) -> None:
     check(f"{mode}: new weights beat a cached prefix", min(shares) > 0.95, shares)
 
 
+def log_probabilities() -> None:
+    """TRL's function for them, which is ours before TRL had a kernel: its numbers and its gradients."""
+    import torch
+    from packaging.version import Version
+    from trl.trainer.utils import selective_log_softmax
+
+    from patchfastrl import PatchFastRL, log_probs
+
+    PatchFastRL(fused_training=True)
+    calls: list[int] = []
+    before = log_probs._forward
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return before(*args)
+
+    log_probs._forward = counted
+    logits = torch.randn(2, 9, WORDS, requires_grad=True)
+    index = torch.randint(0, WORDS, (2, 7))
+    exact = logits[:, 1:-1].double().log_softmax(-1).gather(-1, index[..., None])[..., 0]
+    found = selective_log_softmax(logits[:, 1:-1], index)
+    gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (exact, found)]
+    log_probs._forward = before
+    wrong = [(a - b).abs().max().item() for a, b in ((exact, found), gradients)]
+    check("log-probabilities and their gradients", max(wrong) < 1e-5, wrong)
+    check("log-probabilities: whose", len(calls) == (Version(results["versions"]["trl"]) < log_probs.END), calls)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write versions, checks and seconds here")
@@ -226,6 +254,7 @@ def main() -> None:
         path = make_model(Path(folder, "model"))
         for mode in modes:
             run(mode, path, Path(folder, mode))
+    log_probabilities()
     UnpatchFastRL()
     home = str(Path(sys.modules["trl"].__file__).parent)
     file = inspect.unwrap(GRPOTrainer.__init__).__code__.co_filename
