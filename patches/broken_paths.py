@@ -4,34 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import libcst as cst
-
-from patchfastrl.rewrite import Rewrite, expression, reads
 from patchfastrl.seam import Seam
 
+from .expressions import Instead
 from .releases import between, outside
 from .trainers import GOLD, RLOO
-
-
-class Mended(Rewrite):
-    """The expression `before` becomes `after`."""
-
-    def __init__(self, before: str, after: str) -> None:
-        super().__init__()
-        self.before, self.after = before, after
-
-    def leave_ListComp(self, original_node: cst.ListComp, updated_node: cst.ListComp) -> cst.BaseExpression:
-        return self._mended(original_node, updated_node)
-
-    def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
-        return self._mended(original_node, updated_node)
-
-    def _mended(self, original: cst.BaseExpression, updated: cst.BaseExpression) -> cst.BaseExpression:
-        if not reads(original, self.before):
-            return updated
-        self.found += 1
-        return expression(self.after)
-
 
 MESSAGES = "[prepare_multimodal_messages_vllm(prompt) for prompt in prompts]"
 
@@ -46,7 +23,10 @@ SEAMS = (
         link="https://github.com/huggingface/trl/blob/v0.26.2/trl/trainer/rloo_trainer.py",
         until="releases before 0.27 are no longer supported",
         rewrite=functools.partial(
-            Mended, MESSAGES, f'{MESSAGES} if is_conversational({{"prompt": prompts[0]}}) else prompts'
+            Instead,
+            MESSAGES,
+            f'{MESSAGES} if is_conversational({{"prompt": prompts[0]}}) else prompts',
+            "prepare_multimodal_messages_vllm",
         ),
     ),
     Seam(
@@ -59,7 +39,10 @@ SEAMS = (
         link="https://github.com/huggingface/trl/blob/v0.25.1/trl/experimental/gold/gold_trainer.py",
         until="releases before 0.26 are no longer supported",
         rewrite=functools.partial(
-            Mended, "generation_config.max_completion_length", "generation_config.max_new_tokens"
+            Instead,
+            "generation_config.max_completion_length",
+            "generation_config.max_new_tokens",
+            "max_completion_length",
         ),
     ),
 )

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import functools
 
-import libcst as cst
-
-from patchfastrl.rewrite import AtStart, Rewrite, expression, reads
+from patchfastrl.compat import trl_log_probs
+from patchfastrl.rewrite import AtStart
 from patchfastrl.seam import Seam
 
+from .expressions import Instead
 from .releases import FIRST, between, outside, upstream
 from .trainers import GRPO, RLOO
 
-END = "1.14"  # from here on TRL has a kernel
+END = str(trl_log_probs.FIRST)
+UNTIL = f"releases before {END} are no longer supported"
 NAMED = "0.20"  # before, GRPO's method had another name, and TRL logged no entropies
 # At a temperature of 1 this is a copy of all logits, or a change of a part in place, and as much for the gradient.
 DIVIDED, IN_PLACE = "logits / self.temperature", "logits.div_(self.temperature)"
-
-
-class Divided(Rewrite):
-    """Not at a temperature of 1, where the logits would stay as they are."""
-
-    words = ("self.temperature",)
-
-    def __init__(self, before: str) -> None:
-        super().__init__()
-        self.before = before
-
-    def leave_BinaryOperation(
-        self, original_node: cst.BinaryOperation, updated_node: cst.BinaryOperation
-    ) -> cst.BaseExpression:
-        return self._unless_1(original_node, updated_node)
-
-    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
-        return self._unless_1(original_node, updated_node)
-
-    def _unless_1(self, original: cst.BaseExpression, updated: cst.BaseExpression) -> cst.BaseExpression:
-        if not reads(original, self.before):
-            return updated
-        self.found += 1
-        return expression(f"logits if self.temperature == 1 else {self.before}")
 
 
 def _divided(trainer: str, home: str, first: str, end: str, before: str, absent: tuple[str, ...]) -> Seam:
@@ -51,8 +28,10 @@ def _divided(trainer: str, home: str, first: str, end: str, before: str, absent:
         count=1,
         reason="at a temperature of 1 the logits are copied, or changed in place, for nothing",
         link=upstream(f"trainer/{trainer}_trainer.py"),
-        until="releases before 1.14 are no longer supported",
-        rewrite=functools.partial(Divided, before),
+        until=UNTIL,
+        rewrite=functools.partial(
+            Instead, before, f"logits if self.temperature == 1 else {before}", "self.temperature"
+        ),
     )
 
 
@@ -66,7 +45,7 @@ SEAMS = (
             count=1,
             reason="TRL goes over all logits many times, in copies as large as they are",
             link=upstream("trainer/utils.py"),
-            until="releases before 1.14 are no longer supported",
+            until=UNTIL,
             rewrite=functools.partial(AtStart, function, source),
         )
         for name, function, first, source in (

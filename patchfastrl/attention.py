@@ -14,15 +14,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from packaging.version import Version
 from torch import nn
 from torch.nn import functional
 
 from . import install
-from .compat.versions import installed
+from .compat import varlen_attention
 
 SDPA = "sdpa"  # transformers' name for it
-TORCH, TRANSFORMERS = Version("2.11"), Version("5.5")  # varlen_attn with a causal window; masks by their lengths
 _AMPERE = (8, 0)
 _LARGEST_HEAD = 256
 # Of B * T * T * hidden size: from here on a layer computes longer with a mask than it takes to launch the kernels that
@@ -35,10 +33,8 @@ _configs: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary() 
 
 def leave_padding_out(base: Any) -> None:
     """While TRL is patched, a model that computes with `scaled_dot_product_attention` leaves padding out."""
-    releases = ((installed("torch"), TORCH), (installed("transformers"), TRANSFORMERS))
     config = base.config.get_text_config()
-    known = all(release is not None and release >= first for release, first in releases)
-    if not known or config._attn_implementation != SDPA or _asks_for_sdpa(base):
+    if not varlen_attention.available() or config._attn_implementation != SDPA or _asks_for_sdpa(base):
         return
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

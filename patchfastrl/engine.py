@@ -213,7 +213,7 @@ def build(
     folder = ConfigFolder(model, tokenizer, compiled, (dtype, cast, merging, sorted(copied)))
     made: dict[str, Any] = {}
     ahead = None
-    if not on_cpu and args is not None and _fuses():
+    if not on_cpu and args is not None and install.settings().fuses(on_gpu=True):
         ahead = training.compile_ahead(model, args)
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
@@ -347,7 +347,7 @@ def _share_of_the_rest(shape: plan.Shape, run: plan.Run, kwargs: dict[str, Any])
 def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     """What makes a training step faster, as far as it is wanted."""
     wanted, on_gpu = install.settings(), not current_platform.is_cpu()
-    if _fuses():
+    if wanted.fuses(on_gpu):
         training.fuse(model)
     if llm.recompute is not None:
         llm.recompute.remove()
@@ -355,11 +355,6 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     if on_gpu and wanted.recompute != "always":
         device = memory.Device(next(model.parameters()).device)
         llm.recompute = Recompute(model, device, wanted.recompute == "least")
-
-
-def _fuses() -> bool:
-    wanted = install.settings().fused_training
-    return wanted or (wanted is None and not current_platform.is_cpu())
 
 
 @contextlib.contextmanager

@@ -41,6 +41,10 @@ class Settings:
     fused_training: bool | None = None
     recompute: Literal["least", "needed", "always"] = "least"
 
+    def fuses(self, on_gpu: bool) -> bool:
+        """Whether training computes with fused operations."""
+        return on_gpu if self.fused_training is None else self.fused_training
+
 
 # One installation at a time, whoever calls. Re-entrant: importing the runtime may end up here again.
 _lock = threading.RLock()

@@ -9,11 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from . import install
-
-END = Version("1.14")  # of TRL, which has a kernel of its own from here on
 
 
 def selected_log_probs(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
@@ -53,9 +50,8 @@ def _zeros(logits: torch.Tensor) -> torch.Tensor:
 
 def _wanted(logits: torch.Tensor) -> bool:
     """Logits of a step in mixed precision are float32; TRL rounds those of other dtypes in ways of its own."""
-    fused = install.settings().fused_training
     return (
-        (fused or (fused is None and logits.is_cuda))
+        install.settings().fuses(logits.is_cuda)
         and logits.dtype == torch.float32
         and logits.dim() == 3
         and logits.numel() > 0

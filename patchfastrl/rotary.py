@@ -67,13 +67,12 @@ def _on_gpu(kernel: Callable[..., Any], stock: Any) -> Callable[..., Any]:
 
 def _same(module: Any, other: Any, name: str) -> bool:
     """Whether a function of two modules says the same; transformers has a copy in each."""
-    functions = [inspect.unwrap(getattr(m, name, print)) for m in (module, other)]
-    own = all(f.__module__ == m.__name__ for f, m in zip(functions, (module, other), strict=True))
-    if not own or not all(inspect.isfunction(f) and not f.__code__.co_freevars for f in functions):
-        return False  # somebody's replacement, or none
-    said = [
-        (f.__code__.co_code, f.__code__.co_names, f.__code__.co_varnames, f.__defaults__,
-         [c for c in f.__code__.co_consts if not isinstance(c, str)])
-        for f in functions
-    ]  # fmt: skip
-    return said[0] == said[1]
+    said = []
+    for owner in (module, other):
+        function = inspect.unwrap(getattr(owner, name, None))  # type: ignore[arg-type]
+        if not inspect.isfunction(function) or function.__module__ != owner.__name__:
+            return False  # none, or somebody's replacement
+        code = function.__code__
+        numbers = [constant for constant in code.co_consts if not isinstance(constant, str)]  # without the docstring
+        said.append((code.co_code, code.co_names, code.co_varnames, code.co_freevars, function.__defaults__, numbers))
+    return said[0] == said[1] and not said[0][3]

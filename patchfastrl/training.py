@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import attention, log_probs, rotary
+from .compat import trl_log_probs
 from .compat.versions import installed
 from .sharing import base_of
 
@@ -54,8 +55,7 @@ def compile_ahead(model: nn.Module, args: Any) -> Future[None]:
 
 
 def _compile(base: Any, rows: int, dtype: torch.dtype) -> None:
-    trl = installed("trl")
-    if trl is not None and trl < log_probs.END:
+    if trl_log_probs.missing():
         log_probs.compile_ahead(base.device, base.config.get_text_config().vocab_size)
     rotary.compile_ahead(base, rows, dtype)
 

@@ -13,7 +13,8 @@ import torch
 from packaging.version import Version
 from torch.nn import functional
 
-from patchfastrl import log_probs, rotary, training
+from patchfastrl import log_probs, rotary
+from patchfastrl.compat import trl_log_probs
 from patchfastrl.structure import looked_at_once, remembered
 from patchfastrl.training import _Adapted, compile_ahead, fuse
 
@@ -124,7 +125,7 @@ def test_kernels_are_compiled_in_a_thread(trl: str, monkeypatch: pytest.MonkeyPa
         return before(logits, index)
 
     monkeypatch.setattr(log_probs, "_forward", forward)
-    monkeypatch.setattr(training, "installed", lambda _: Version(trl))
+    monkeypatch.setattr(trl_log_probs, "installed", lambda _: Version(trl))
     monkeypatch.setattr(rotary, "compile_ahead", lambda *given: calls.append(given))
     assert compile_ahead(model, args).result() is None
     *own, rotated = calls
