@@ -12,8 +12,9 @@ Until: vLLM's worker can be asked what sleeps, refuses to wake where there is no
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -32,11 +33,14 @@ class Asleep:
     not put to sleep again, and what is awake is not woken again: releases before 0.30 would release or map the memory
     a second time, which CUDA refuses.
 
+    Memory that nobody needs may stay where it is (`stays`). What was in it counts as lost all the same.
+
     Args:
         able: whether it was built to sleep.
 
     Attributes:
         able: the same.
+        stays: the memory stays when the worker falls asleep next, until `give_back`.
         releases: how often the contents were lost.
     """
 
@@ -44,6 +48,8 @@ class Asleep:
         self.able = able
         self._sleep, self._wake_up = worker.sleep, worker.wake_up
         self._tags: set[str] = set()
+        self._put_off: Callable[[], Any] | None = None  # what would release the memory that has stayed
+        self.stays = False
         self.releases = 0
         worker.sleep, worker.wake_up = self.release, self.take
         worker.add_lora, worker.pin_lora = self._refusing(worker.add_lora), self._refusing(worker.pin_lora)
@@ -59,25 +65,44 @@ class Asleep:
 
     def release(self, *args: Any, **kwargs: Any) -> None:
         self.need_standby()
+        stays, self.stays = self.stays, False
         if self.resident:
             self._tags.update(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
             self.releases += 1
-            with _nothing_else():
-                self._sleep(*args, **kwargs)
-            memory.make_room(0)  # whether torch gives back what it keeps goes by the rule for waking
+            self._put_off = functools.partial(self._sleep, *args, **kwargs)
+        if not stays:
+            self.give_back()
+
+    def give_back(self) -> bool:
+        """Release memory that has stayed. Returns whether there was any."""
+        if self._put_off is None:
+            return False
+        release, self._put_off = self._put_off, None
+        with _nothing_else():
+            release()
+        memory.make_room(0)  # whether torch gives back what it keeps goes by the rule for waking
+        return True
 
     def take(self, tags: list[str] | None = None) -> None:
         """Raises StandbyError, with nothing taken, if the device has not enough left."""
         wanted = {"kv_cache", cuda_weight_pool.OWN_WEIGHTS} if tags is None or "kv_cache" in tags else {*tags}
-        if taking := sorted(wanted & self._tags):
+        taking = sorted(wanted & self._tags)
+        if taking and self._put_off is not None:
+            self._put_off = None
+            self._tags.clear()  # all of it is there
+        elif taking:
             self.need_room(taking)
             with _nothing_else():
                 self._wake_up(taking)
             self._tags.difference_update(taking)
 
+    def released(self, tags: Collection[str] | None = None) -> int:
+        """Bytes that taking these tags takes from the device; None: all."""
+        return 0 if self._put_off is not None else cuda_weight_pool.nbytes(self._tags if tags is None else tags)
+
     def need_room(self, tags: Collection[str] | None = None) -> None:
         """Raises StandbyError if the device has not enough left to take these tags; None: all that is released."""
-        needed = cuda_weight_pool.nbytes(self._tags if tags is None else tags)
+        needed = self.released(tags)
         if needed and torch.cuda.mem_get_info()[0] < needed:
             memory.return_cached()
         if needed and (free := torch.cuda.mem_get_info()[0]) < needed:

@@ -354,7 +354,14 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     llm.recompute = None
     if on_gpu and wanted.recompute != "always":
         device = memory.Device(next(model.parameters()).device)
-        llm.recompute = Recompute(model, device, wanted.recompute == "least")
+        llm.recompute = Recompute(
+            model, device, wanted.recompute == "least", functools.partial(_give_back, weakref.ref(llm))
+        )
+
+
+def _give_back(engine: weakref.ref[SharedLLM]) -> bool:
+    """`SharedLLM.give_back`, for a model, which keeps no engine alive."""
+    return (llm := engine()) is not None and llm.give_back()
 
 
 @contextlib.contextmanager

@@ -65,6 +65,7 @@ class SharedLLM(LLM):
         self._standby: cpu_standby.Storages | None = None  # what that is on a CPU
         self._weights: Any = None  # those of the latest batch
         self._publish_first = False  # when the next batch begins
+        self._trainers_batch = False  # the latest batch was asked for by TRL, which trains on it now
         self._prefixes_of: Any = None  # those that vLLM's prefix cache was filled with; None: others than now
         super().__init__(**kwargs)
 
@@ -187,6 +188,7 @@ class SharedLLM(LLM):
 
         Which adapter is active, if any is, is found out when the batch begins.
         """
+        self._trainers_batch = True
         if isinstance(self.shared.model, PeftModel):
             return PublishFirst("policy", adapters.ADAPTER_ID, adapters.ADAPTER_PATH)
         self.publish()
@@ -269,18 +271,31 @@ class SharedLLM(LLM):
     def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
         """Release the KV cache, and what else only sampling needs: copies, the adapter's slot.
 
-        Weights stay where they are at every level (level 0 only pauses, as in vLLM).
+        Weights stay where they are at every level (level 0 only pauses, as in vLLM). Where TRL goes on to train, and
+        all that training took so far fits beside it, the memory stays, until it does not fit or `sleep` comes again.
 
         Raises:
             StandbyError: the engine was built without standby.
         """
         if level and self._asleep is not None:
             self._asleep.need_standby()  # before vLLM pauses its scheduler
-        if not self.llm_engine.model_executor.is_sleeping:
+        trains, self._trainers_batch = self._trainers_batch, False
+        if level and self.llm_engine.model_executor.is_sleeping:
+            self.give_back()
+        elif not self.llm_engine.model_executor.is_sleeping:
             with self._timed("sleep"), uninterrupted():
                 if level and self.copies is not None:
                     self.copies.release()
+                if level and self._asleep is not None:
+                    self._asleep.stays = trains and self.recompute is not None and self.recompute.fits()
                 super().sleep(min(level, 1), *args, **kwargs)
+
+    def give_back(self) -> bool:
+        """Release the memory of an engine that sleeps, where it has stayed. Returns whether it had."""
+        if self._asleep is None:
+            return False
+        with self._timed("sleep"), uninterrupted():
+            return self._asleep.give_back()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Restore the KV cache. Waking only "weights" has nothing to do: they never left.
@@ -292,7 +307,7 @@ class SharedLLM(LLM):
             return
         with self._timed("wake"), uninterrupted():
             if self._asleep is not None and not self.awake:
-                memory.make_room(cuda_weight_pool.nbytes())
+                memory.make_room(self._asleep.released())
                 self._asleep.need_room()
             if self.llm_engine.engine_core.is_sleeping():
                 self._wake()

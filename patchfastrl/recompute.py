@@ -5,6 +5,10 @@ without these alone. As many of the last layers as fit there, and into what else
 plainly; the others are recomputed, as transformers does with all of them. The numbers are the same bit by bit. (With
 "needed" the device holds no more than when a batch was last sampled; with "least" it may hold all but a margin.)
 
+With "least" that holds for the engine's own memory as well: once two batches were trained on, and all that came with
+them would fit beside it, it stays where it is when the engine falls asleep (`fits`). A forward larger than all before
+it, or layers that could keep more without it, release it.
+
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
 `torch.cuda.max_memory_allocated` starts anew.) Left as it is: a model whose layers are not one list of transformers'
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,25 +85,40 @@ class Recompute:
     Args:
         model: as the trainer calls it.
         least: the device may hold all that it has, not just what it held when a batch was last sampled.
+        give_back: releases what the engine holds though it sleeps, and says whether that was anything.
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
         limit: bytes that the device held when a batch was last sampled; None before the first.
     """
 
-    def __init__(self, model: nn.Module, device: memory.Device, least: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: memory.Device,
+        least: bool,
+        give_back: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.kept = 0
         self.limit: int | None = None
         self._device = device
         self._least = least
+        self._give_back = give_back
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._config = base_of(model).config.get_text_config()
         self._layers = _stack(base_of(model))
         self._batches = 0
         self._first: int | None = None  # which batch the first training forward came after
         self._measured: dict[Size, _Measured] = {}
+        self._seen: list[Size] = []  # of micro-batches: none larger came before
+        self._allocated = 0  # when a batch was last sampled
+        self._growth = 0  # the most that was allocated on top, until the next one was
+        self._trained_on = 0  # batches, with forwards in training
+        self._trains = False  # there was one since a batch was last sampled
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # what a forward left for its backward, still to come
         self._stock: list[tuple[nn.Module, Any]] = []  # while in a forward: what is put back after it
         self._logged: int | None = None
+        self._said = False
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -112,17 +131,45 @@ class Recompute:
 
     def sampled(self) -> None:
         """A batch was sampled; the engine still has its memory."""
-        self.limit = self._device.read().held
+        now = self._device.read()
+        self._note(now)
+        self._allocated, self.limit = now.allocated, now.held
         self._batches += 1
+        self._trained_on += self._trains
+        self._trains = False
+
+    def fits(self) -> bool:
+        """Whether all that came with earlier batches, the optimizer's step among it, fits beside what is held now."""
+        pending = any(p.grad is not None for p in self._trainable)  # an optimizer's first step may be still to come
+        if not self._least or self._trained_on < 2 or pending:
+            return False
+        now = self._device.read()
+        most = now.held + self._growth
+        if most > now.total - now.total // memory.SPARE:
+            return False
+        if not self._said:
+            self._said = True
+            logger.info(
+                "PatchFastRL: standby: the engine's memory stays while training fits beside it (%s of %s)",
+                memory.gib(most),
+                memory.gib(now.total),
+            )
+        return True
+
+    def _note(self, now: memory.Reading) -> None:
+        if self.limit is not None:
+            self._growth = max(self._growth, now.peak - self._allocated)
 
     # A forward ------------------------------------------------------------------------------------------------------
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         layers: list[Any] = [m for m in self._layers if m.gradient_checkpointing and m.training]
         size = _size(args, kwargs)
+        self._make_room(size)
         asked = any(kwargs.get(name) or getattr(self._config, name, False) for name in _ASKED)
-        training = bool(layers) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if self.limit is None or size is None or asked or not training:
+        if self.limit is None or size is None or asked or not layers or not torch.is_grad_enabled():
             return
         self.kept = 0
         if self._open:
@@ -137,6 +184,16 @@ class Recompute:
         else:
             self._keep(layers, self._measured[min(larger)], now)
 
+    def _make_room(self, size: Size | None) -> None:
+        """Release what the engine still holds, unless there was a training forward as large as this one."""
+        known = size is not None and any(_covers(seen, size) for seen in self._seen)
+        if not known:
+            self._give_back()
+        if torch.is_grad_enabled():
+            self._trains = True
+            if size is not None and not known:
+                self._seen = [seen for seen in self._seen if not _covers(size, seen)] + [size]
+
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for layer, stock in self._stock:
             layer._gradient_checkpointing_func = stock
@@ -149,10 +206,17 @@ class Recompute:
     # Keeping --------------------------------------------------------------------------------------------------------
 
     def _keep(self, layers: list[Any], found: _Measured, now: memory.Reading) -> None:
-        assert self.limit is not None
         sizes = [found.layers[layer] for layer in layers]
-        limit, margin = (now.total, memory.SPARE) if self._least else (self.limit, _MARGIN)
-        self.kept = layers_kept(limit - now.total // margin, now.held, found.rest, sizes)
+
+        def fitting(now: memory.Reading) -> int:
+            assert self.limit is not None
+            limit, margin = (now.total, memory.SPARE) if self._least else (self.limit, _MARGIN)
+            return layers_kept(limit - now.total // margin, now.held, found.rest, sizes)
+
+        self.kept = fitting(now)
+        if self.kept < len(layers) and self._give_back():
+            now = self._device.read()
+            self.kept = fitting(now)
         first = len(layers) - self.kept
         expected = sum(sizes[first:])
         if self._logged is None or self.kept < self._logged:
@@ -182,6 +246,7 @@ class Recompute:
     # Measuring ------------------------------------------------------------------------------------------------------
 
     def _measure(self, layers: list[Any], size: Size, now: memory.Reading) -> None:
+        self._note(now)
         self._device.forget_peak()
         made = _Measured(size, now.allocated, dict.fromkeys(layers, 0))
         self._open.add(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import logging
 from pathlib import Path
@@ -536,6 +537,122 @@ def test_it_is_said_once_and_again_when_fewer_are_kept(caplog: pytest.LogCapture
     assert "MiB" in said[0]
 
 
+# What the engine holds though it sleeps ------------------------------------------------------------------------------
+
+
+class Engine(Tensors):
+    """A device of 100,000,000 bytes, and an engine of 3,000,000 that have stayed, or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.stays, self.given_back = 100_000_000, False, 0
+
+    def read(self) -> memory.Reading:
+        now = super().read()
+        return dataclasses.replace(now, held=now.held + 3_000_000 * self.stays)
+
+    def give_back(self) -> bool:
+        had, self.stays = self.stays, False
+        self.given_back += had
+        return had
+
+
+def sleeper(least: bool = True) -> tuple[Script, Engine]:
+    """A script that was trained for two batches, and its engine."""
+    device = Engine()
+    script = Script()
+    script.recompute.remove()
+    script.tensors = device
+    script.recompute = Recompute(script.model, device, least, device.give_back)
+    for _ in range(2):
+        script.sleep()
+        assert not script.recompute.fits()
+        script.step()
+    script.sleep()
+    return script, device
+
+
+def test_the_memory_stays_once_two_batches_have_shown_that_training_fits(caplog: pytest.LogCaptureFixture) -> None:
+    script, device = sleeper()
+    most = script.recompute._growth
+    before = device.bytes()
+    device.forget_peak()
+    script.step()
+    script.model.zero_grad()
+    assert device.peak - before == most > 100_000
+    device.stays = True
+    for room, fits in ((0, True), (-1, False), (10**6, True)):
+        device.total = (3_000_000 + device.bytes() + most) * 10 // 9 + 2 + room * 10
+        with caplog.at_level(logging.INFO, logger="patchfastrl"):
+            assert script.recompute.fits() is fits
+    assert [r.getMessage().split(" (")[0] for r in caplog.records if "standby" in r.getMessage()] == [
+        "PatchFastRL: standby: the engine's memory stays while training fits beside it"
+    ]
+    assert not sleeper(least=False)[0].recompute.fits()
+
+
+def test_it_does_not_stay_where_gradients_wait_for_the_optimizer() -> None:
+    script, _ = sleeper()
+    assert script.recompute.fits()
+    script.step()
+    assert not script.recompute.fits()
+    script.model.zero_grad()
+    assert script.recompute.fits()
+
+
+def test_batches_that_nobody_trains_on_show_nothing() -> None:
+    script = sleeper()[0]
+    script.recompute._trained_on = 1
+    for _ in range(3):
+        with torch.no_grad():
+            script.forward()
+        script.sleep()
+        assert not script.recompute.fits()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_larger_forward_releases_it(grad: bool) -> None:
+    script, device = sleeper()
+
+    def forward(rows: int, length: int) -> bool:
+        device.stays, device.given_back = True, 0
+        with torch.set_grad_enabled(grad):
+            script.forward(rows, length)
+        return bool(device.given_back)
+
+    assert not forward(3, 12)
+    assert not forward(2, 12)
+    assert forward(4, 12)
+    assert forward(4, 12) is not grad  # what computed no gradients does not show what those take
+    assert forward(3, 13)
+    assert not forward(3, 12)
+
+
+def test_a_forward_of_unknown_size_releases_it() -> None:
+    script, device = sleeper()
+    device.stays = True
+    assert recompute._size((), {"input_ids": None, "pixel_values": torch.zeros(1)}) is None
+    script.recompute._make_room(None)
+    assert device.given_back == 1
+
+
+def test_it_is_released_where_layers_then_keep_more() -> None:
+    script, device = sleeper()
+    (found,) = script.recompute._measured.values()
+    needed = device.bytes() + found.rest + sum(found.layers.values())
+    for total, given_back, kept in (
+        (needed + 3_000_000, 0, LAYERS),
+        (needed + 2_990_000, 1, LAYERS),
+        (needed, 1, LAYERS),
+        (needed - 10_000, 1, LAYERS - 1),
+    ):
+        device.total = total * 10 // 9 + 2000
+        device.stays, device.given_back = True, 0
+        script.step()
+        assert (device.given_back, script.recompute.kept) == (given_back, kept)
+        script.sleep()
+
+
 # In a trainer ---------------------------------------------------------------------------------------------------------
 
 
@@ -627,7 +744,8 @@ def test_a_training_is_the_same_bit_by_bit(
             assert all(ours["awake"])
         else:
             assert ours["awake"][0]
-            assert ours["awake"].count(True) == 3  # once for each generation batch, before the memory is gone
+            # Once for each generation batch, before the memory is gone, and once whether the third's may stay.
+            assert ours["awake"].count(True) == 4
         assert stock["calls"] - ours["calls"] == kept * 2 * 2  # micro-batches of the second and the third step
         assert ours["logs"] == stock["logs"]
         for one, other in (

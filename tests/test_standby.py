@@ -20,8 +20,9 @@ import pytest
 import tiny
 import torch
 
-from patchfastrl import PatchFastRL, UnpatchFastRL, memory
+from patchfastrl import PatchFastRL, UnpatchFastRL, engine, memory
 from patchfastrl.errors import AdapterError, PatchFastRLError, StandbyError, UnsupportedError
+from patchfastrl.recompute import Recompute
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -776,6 +777,140 @@ def test_grpo_trains_without_the_cache(standby: None, adapted: bool, tmp_path: P
     llm.wake_up()
     llm.publish()
     assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(trainer.model, PROMPT)
+
+
+class Roomy:
+    """A device that has room for training beside the engine, or (`total=100`) has none."""
+
+    def __init__(self, total: int = 1000) -> None:
+        self.total = total
+
+    def read(self) -> memory.Reading:
+        return memory.Reading(self.total, held=50, cached=0, allocated=50, peak=100)
+
+    def forget_peak(self) -> None:
+        pass
+
+
+def train_beside(folder: Path, total: int | None, adapted: bool, lengths: tuple[int, ...] = (8,) * 5) -> Any:
+    """A training of a step for each of these lengths.
+
+    Returns the trainer, whether the engine's memory was there in each step's reward and at its optimizer, and the
+    trained parameters. Whatever the memory is, the engine counts as asleep.
+    """
+    from transformers import TrainerCallback
+
+    there: list[tuple[bool, bool]] = []
+    rewarded: list[bool] = []
+
+    def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+        rewarded.append(llm._standby.resident)
+        assert_asleep(llm)
+        return tiny.length_reward(completions)
+
+    class Watching(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            there.append((rewarded[-1], llm._standby.resident))
+
+        def on_step_begin(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+            trainer.vllm_generation.max_completion_length = lengths[state.global_step]
+
+    trainer = tiny.trainer(
+        folder,
+        reward_funcs=reward,
+        callbacks=[Watching()],
+        peft_config=tiny.lora(init_lora_weights=False) if adapted else None,
+        args={"max_steps": len(lengths), "max_completion_length": max(lengths), "learning_rate": 1e-2},
+    )
+    llm = map_once(trainer.vllm_generation.llm)
+    trainer.vllm_generation.max_completion_length = lengths[0]
+    if total is not None:
+        give_back = functools.partial(engine._give_back, weakref.ref(llm))
+        llm.recompute = Recompute(trainer.model, Roomy(total), least=True, give_back=give_back)  # type: ignore[arg-type]
+    trainer.train()
+    assert not llm.awake
+    return trainer, there, [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_the_memory_stays_where_training_fits_beside_it(standby: None, adapted: bool, tmp_path: Path) -> None:
+    released, stays = (False, False), (True, True)
+    trainer, there, stock = train_beside(tmp_path / "stock", None, adapted)
+    assert there == [released] * 5
+    trainer.vllm_generation.llm.wake_up()  # on a CPU an engine's end releases what is there
+    trainer, there, full = train_beside(tmp_path / "full", 100, adapted)
+    assert there == [released] * 5
+    trainer.vllm_generation.llm.wake_up()
+    trainer, there, ours = train_beside(tmp_path / "ours", 1000, adapted)
+    assert there == [released] * 2 + [stays] * 3
+    for one, other in ((full, stock), (ours, stock)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    llm = trainer.vllm_generation.llm
+    differences = [h["sampling/sampling_logp_difference/max"] for h in trainer.state.log_history if "loss" in h]
+    assert max(differences) < 1e-4
+    assert llm._standby.resident
+    assert_asleep(llm)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    llm.wake_up()
+    llm.publish()
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(trainer.model, PROMPT)
+    llm.sleep()  # not for training: nobody asked for what to publish
+    assert not llm._standby.resident
+    llm.wake_up()
+
+
+def test_longer_completions_than_ever_take_the_memory_back(standby: None, tmp_path: Path) -> None:
+    _, there, _ = train_beside(tmp_path, 1000, True, lengths=(8, 8, 8, 16, 12, 8))
+    assert there == [(False, False)] * 2 + [(True, True), (True, False), (True, True), (True, True)]
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "sleep()": lambda llm: llm.sleep(),
+    "sleep(2)": lambda llm: llm.sleep(level=2),
+    "collective_rpc": lambda llm: llm.collective_rpc("sleep", kwargs={"level": 1}),
+    "give_back": lambda llm: llm.give_back(),
+}
+
+
+@pytest.mark.parametrize("by", ASKED)
+def test_memory_that_stayed_goes_when_it_is_asked_for(standby: None, by: str, tmp_path: Path) -> None:
+    trainer, _, _ = train_beside(tmp_path, 1000, True)
+    llm = trainer.vllm_generation.llm
+    assert llm._standby.resident
+    for _ in range(2):  # it is released once, as on a GPU
+        ASKED[by](llm)
+        assert not llm._standby.resident
+        assert_asleep(llm)
+    llm.wake_up()
+    llm.publish()
+    assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(trainer.model, PROMPT)
+
+
+def test_an_engine_whose_memory_stayed_can_be_closed_and_collected(standby: None, tmp_path: Path) -> None:
+    trainer, _, _ = train_beside(tmp_path, 1000, True)
+    model, engine_ref = trainer.model, weakref.ref(trainer.vllm_generation.llm)
+    del trainer
+    tiny.trainer(tmp_path)  # another engine closes the first
+    gc.collect()
+    assert engine_ref() is None
+    model(torch.tensor([tiny.ids(40)]))  # a larger forward asks an engine that is gone
+
+
+def test_waking_what_stayed_takes_no_memory(standby: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from patchfastrl.compat import cuda_weight_pool
+
+    trainer, _, _ = train_beside(tmp_path, 1000, True)
+    llm = trainer.vllm_generation.llm
+    monkeypatch.setattr(cuda_weight_pool, "nbytes", lambda *_: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 << 30, 80 << 30))
+    llm.wake_up()
+    llm.sleep()
+    with pytest.raises(StandbyError, match=r"takes 3.00 GiB .* 2.00 GiB are left"):
+        llm.wake_up()
+    monkeypatch.undo()
+    llm.wake_up()
 
 
 @pytest.mark.parametrize("where", ["reward", "optimizer"])
