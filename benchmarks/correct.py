@@ -16,7 +16,8 @@ would show.
 
 In training, after --steps the base must be the same bit for bit, and from there to --long (lora) the driver's memory
 must not grow. lora, qlora: the adapter merged into the engine's copy; -adapter: in the engine's slot; -no-standby:
-merged, and the engine never sleeps, so that the copy's memory must be there while a batch runs, and no longer.
+merged, and the engine never sleeps, so that the copy's memory must be there while a batch runs, and no longer. On a GPU
+the engine's memory stays in training, as that fits beside it: a change meanwhile, and `sleep`, are checked once more.
 fp8-cache, on a GPU only: FastLanguageModel.from_pretrained(float8_kv_cache=True).
 """
 
@@ -36,7 +37,7 @@ from typing import Any
 
 import grid
 import processes
-from measure import Memory
+from measure import Memory, gib_of, kv_cache
 from shapes import SHAPES, make_model, stock_on_cpu, versions
 
 KINDS = {  # name: (side, method)
@@ -381,6 +382,40 @@ def patched(job: dict[str, Any]) -> None:
         llm.wake_up()
         llm.publish()
         compared("after training", llm, like, changed=False)
+        if sleeps(job) and on_gpu():
+            grid.aim(trainer, 16, PROMPTS, 3)
+            trainer.train()
+            stayed = llm._asleep.released() == 0
+            if adapted:
+                another_adapter(model, 3)
+            else:
+                write(model)
+            llm.wake_up()
+            llm.publish()
+            change = "publishing another adapter" if adapted else "an in-place write"
+            compared(f"after {change} while it slept and its memory stayed", llm, like if adapted else "written")
+            if not adapted:
+                write(model)
+            grid.aim(trainer, 16, PROMPTS, 1)
+            trainer.train()
+            processes.report(job, stay_check(llm, memory, stayed))
+
+
+def stay_check(llm: Any, memory: Memory, stayed: bool) -> dict[str, Any]:
+    """The driver still sees the memory of an engine that sleeps while training fits beside it, until `sleep`."""
+    import torch
+
+    cache = gib_of(kv_cache(llm))
+    torch.cuda.synchronize()
+    before, awake = memory.used(), llm.awake
+    llm.sleep()
+    torch.cuda.synchronize()
+    freed = before - memory.used()
+    return {
+        "check": "the engine's memory stays where training fits beside it, and goes when it is asked for",
+        "passed": stayed and not awake and freed > 0.95 * (cache + llm.shared.own_bytes / 2**30),
+        "stayed": stayed, "freed": freed, "kv_cache": cache, "own_gib": llm.shared.own_bytes / 2**30,
+    }  # fmt: skip
 
 
 def engine_check(llm: Any) -> dict[str, Any]:
