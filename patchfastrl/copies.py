@@ -10,7 +10,7 @@ trainer's weights are only ever read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -90,7 +90,7 @@ class Copies:
     def live_in(self, scratch: Scratch | None) -> None:
         """Their memory is this one, there while a batch runs and no longer. None: it stays, or standby sees to it."""
         self._scratch = scratch
-        self._give_back()
+        self.give_back()
 
     @property
     def resident(self) -> bool:
@@ -98,25 +98,32 @@ class Copies:
         return self._scratch is None or self._scratch.resident
 
     @contextlib.contextmanager
-    def in_memory(self) -> Iterator[None]:
-        """Inside the block the memory is there, with what was published."""
+    def in_memory(self, stays: Callable[[], bool]) -> Iterator[None]:
+        """Inside the block the memory is there, with what was published; afterwards, too, if it `stays`."""
         if self._scratch is None:
             yield
             return
+        remains = False
         try:
             with uninterrupted():
-                self._scratch.take()
-                if self._held is not None and adapters.publishing():
-                    self._fill(self._copied(), self._adapters() if self._held.scalings else {})
+                if not self._scratch.resident:
+                    self._scratch.take()
+                    if self._held is not None and adapters.publishing():
+                        self._fill(self._copied(), self._adapters() if self._held.scalings else {})
             yield
+            remains = stays()
         finally:
-            self._give_back()
+            if not remains:
+                self.give_back()
 
-    def _give_back(self) -> None:
-        if self._scratch is not None and self._scratch.resident:
-            self.releases += 1
-            with uninterrupted():
-                self._scratch.release()
+    def give_back(self) -> bool:
+        """Release memory that is there while a batch runs, and has stayed after it. Returns whether there was any."""
+        if self._scratch is None or not self._scratch.resident:
+            return False
+        self.releases += 1
+        with uninterrupted():
+            self._scratch.release()
+        return True
 
     @torch.no_grad()
     def refresh(self, adapter: bool = True) -> bool:

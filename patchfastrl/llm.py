@@ -130,7 +130,7 @@ class SharedLLM(LLM):
             lora_request, unmerged, explicit = self._prepared(lora_request)
         args, kwargs = with_seeds(args, kwargs)
         try:
-            in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory()
+            in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory(self._stays)
             with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
                 if self._prefixes_of != self._weights:
                     self.drop_prefixes()  # while a GPU merges
@@ -279,7 +279,6 @@ class SharedLLM(LLM):
         """
         if level and self._asleep is not None:
             self._asleep.need_standby()  # before vLLM pauses its scheduler
-        trains, self._trainers_batch = self._trainers_batch, False
         if level and self.llm_engine.model_executor.is_sleeping:
             self.give_back()
         elif not self.llm_engine.model_executor.is_sleeping:
@@ -287,15 +286,19 @@ class SharedLLM(LLM):
                 if level and self.copies is not None:
                     self.copies.release()
                 if level and self._asleep is not None:
-                    self._asleep.stays = trains and self.recompute is not None and self.recompute.fits()
+                    self._asleep.stays = self._stays()
                 super().sleep(min(level, 1), *args, **kwargs)
 
+    def _stays(self) -> bool:
+        """Whether what only sampling needs may stay in memory, after this batch and until `give_back`."""
+        trains, self._trainers_batch = self._trainers_batch, False
+        return trains and self.recompute is not None and self.recompute.fits()
+
     def give_back(self) -> bool:
-        """Release the memory of an engine that sleeps, where it has stayed. Returns whether it had."""
-        if self._asleep is None:
-            return False
+        """Release memory that has stayed since the latest batch. Returns whether there was any."""
         with self._timed("sleep"), uninterrupted():
-            return self._asleep.give_back()
+            asleep = self._asleep is not None and self._asleep.give_back()
+            return asleep or (self.copies is not None and self.copies.give_back())
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Restore the KV cache. Waking only "weights" has nothing to do: they never left.

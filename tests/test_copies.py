@@ -21,6 +21,7 @@ from vllm.sampling_params import BeamSearchParams
 from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, memory, rollouts, runtime
 from patchfastrl.checksum import checksum
 from patchfastrl.errors import AdapterError, SharingError, StandbyError, UnsupportedError
+from patchfastrl.recompute import Recompute
 from patchfastrl.sharing import base_parameters
 
 PROMPT = tiny.ids(16)
@@ -322,6 +323,51 @@ def test_without_standby_the_copy_is_there_while_a_batch_runs() -> None:
     with pytest.raises(ZeroDivisionError):
         tiny.engine_greedy(llm, PROMPT)
     assert not any(s.nbytes() for s in storages)
+    llm.close("the test is over.")
+
+
+def test_without_standby_the_copy_stays_where_training_fits_beside_it() -> None:
+    model = tiny.adapted(tiny.model("qwen2"))
+    llm = merged(model)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
+
+    def trainers_batch() -> None:
+        request = runtime.lora_request(llm)
+        output = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False, lora_request=request)[0]
+        assert list(output.outputs[0].token_ids) == tiny.greedy(model, PROMPT)
+
+    trainers_batch()
+    assert not llm.copies.resident
+    llm.recompute = Recompute(model, tiny.Roomy(), least=True, give_back=llm.give_back)
+    for _ in range(2):  # of which the forwards above, to compare, pass for training
+        llm.recompute._trains = True
+        trainers_batch()
+    for seed in (2, 3, 4):
+        tiny.scramble(model, seed=seed)
+        llm.recompute._trains = False
+        llm.recompute._seen = [(10**6, 10**6, 10**6)]
+        trainers_batch()
+        assert llm.copies.resident
+    releases = llm.copies.releases
+    assert not llm.publish()  # what stayed is not made again
+    trainers_batch()
+    assert llm.copies.releases == releases
+    assert llm.give_back()
+    assert not llm.give_back()
+    assert not llm.copies.resident
+    trainers_batch()
+    assert llm.copies.resident
+    assert_alike(llm, model)  # a batch that nobody trains on
+    assert not llm.copies.resident
+    llm.recompute._device = tiny.Roomy(100)
+    trainers_batch()
+    assert not llm.copies.resident
+    llm.recompute._device = tiny.Roomy()
+    trainers_batch()
+    llm.llm_engine.engine_core.get_output = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainers_batch()
+    assert not llm.copies.resident
     llm.close("the test is over.")
 
 

@@ -779,19 +779,6 @@ def test_grpo_trains_without_the_cache(standby: None, adapted: bool, tmp_path: P
     assert tiny.engine_greedy(llm, PROMPT) == tiny.greedy(trainer.model, PROMPT)
 
 
-class Roomy:
-    """A device that has room for training beside the engine, or (`total=100`) has none."""
-
-    def __init__(self, total: int = 1000) -> None:
-        self.total = total
-
-    def read(self) -> memory.Reading:
-        return memory.Reading(self.total, held=50, cached=0, allocated=50, peak=100)
-
-    def forget_peak(self) -> None:
-        pass
-
-
 def train_beside(folder: Path, total: int | None, adapted: bool, lengths: tuple[int, ...] = (8,) * 5) -> Any:
     """A training of a step for each of these lengths.
 
@@ -826,14 +813,17 @@ def train_beside(folder: Path, total: int | None, adapted: bool, lengths: tuple[
     trainer.vllm_generation.max_completion_length = lengths[0]
     if total is not None:
         give_back = functools.partial(engine._give_back, weakref.ref(llm))
-        llm.recompute = Recompute(trainer.model, Roomy(total), least=True, give_back=give_back)  # type: ignore[arg-type]
+        llm.recompute = Recompute(trainer.model, tiny.Roomy(total), least=True, give_back=give_back)  # type: ignore[arg-type]
     trainer.train()
     assert not llm.awake
     return trainer, there, [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_the_memory_stays_where_training_fits_beside_it(standby: None, adapted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapted", "rollouts"), [(False, "adapter"), (True, "adapter"), (True, "merged")])
+def test_the_memory_stays_where_training_fits_beside_it(
+    standby: None, adapted: bool, rollouts: Any, tmp_path: Path
+) -> None:
+    PatchFastRL(rollouts=rollouts)
     released, stays = (False, False), (True, True)
     trainer, there, stock = train_beside(tmp_path / "stock", None, adapted)
     assert there == [released] * 5
@@ -859,6 +849,7 @@ def test_the_memory_stays_where_training_fits_beside_it(standby: None, adapted: 
     llm.sleep()  # not for training: nobody asked for what to publish
     assert not llm._standby.resident
     llm.wake_up()
+    PatchFastRL()
 
 
 def test_longer_completions_than_ever_take_the_memory_back(standby: None, tmp_path: Path) -> None:

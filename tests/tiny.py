@@ -229,6 +229,21 @@ def cached_tokens(llm: Any, prompt: list[int], **kwargs: Any) -> int:
     return out.num_cached_tokens
 
 
+class Roomy:
+    """A device that has room for training beside the engine, or (`total=100`) has none."""
+
+    def __init__(self, total: int = 1000) -> None:
+        self.total = total
+
+    def read(self) -> Any:
+        from patchfastrl.memory import Reading
+
+        return Reading(self.total, held=50, cached=0, allocated=50, peak=100)
+
+    def forget_peak(self) -> None:
+        pass
+
+
 # Trainers -----------------------------------------------------------------------------------------------------------
 
 
