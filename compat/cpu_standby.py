@@ -12,7 +12,8 @@ stays valid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .cuda_weight_pool import OWN_WEIGHTS
 
 
 class Storages:
-    """What standby releases of a worker's memory, by tag. Every method can be interrupted and called again."""
+    """What standby releases of a worker's memory, by tag. `release` and `take` can be interrupted and called again."""
 
     def __init__(self, tensors: dict[str, Any]) -> None:
         self._storages = [
@@ -30,6 +31,7 @@ class Storages:
             for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(some)}.values()
         ]
         self._released: set[int] = set()
+        self._only: Collection[int] = range(len(self._storages))
 
     @property
     def nbytes(self) -> int:
@@ -41,15 +43,32 @@ class Storages:
 
     def release(self) -> None:
         for number, (_, storage, _) in enumerate(self._storages):
-            self._released.add(number)
-            storage.resize_(0)
+            if number in self._only:
+                self._released.add(number)
+                storage.resize_(0)
 
     def take(self, tags: list[str] | None = None) -> None:
         for number, (tag, storage, size) in enumerate(self._storages):
-            if number in self._released and (tags is None or tag in tags):
+            if number in self._released and number in self._only and (tags is None or tag in tags):
                 storage.resize_(size)
                 storage.fill_(0)  # attention multiplies masked positions by zero, and 0 * NaN is NaN
                 self._released.remove(number)
+
+    # As `pool_pieces.Pieces` ------------------------------------------------------------------------------------------
+
+    def sizes(self) -> dict[int, tuple[str, int]]:
+        return {number: (tag, size) for number, (tag, _, size) in enumerate(self._storages)}
+
+    @contextlib.contextmanager
+    def only(self, chosen: Collection[int]) -> Iterator[None]:
+        before, self._only = self._only, chosen
+        try:
+            yield
+        finally:
+            self._only = before
+
+    def free(self) -> int | None:
+        return None
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

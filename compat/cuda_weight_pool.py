@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,14 +49,6 @@ def pool() -> contextlib.AbstractContextManager[Any]:
     from vllm.device_allocator.cumem import CuMemAllocator
 
     return CuMemAllocator.get_instance().use_memory_pool(tag=OWN_WEIGHTS)
-
-
-def nbytes(tags: Collection[str] | None = None) -> int:
-    """Of what was allocated in vLLM's pool under these tags, or any, whether it is there or released."""
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    pieces = () if CuMemAllocator.instance is None else CuMemAllocator.instance.pointer_to_data.values()
-    return sum(piece.handle[1] for piece in pieces if tags is None or piece.tag in tags)
 
 
 def leave() -> None:

@@ -12,9 +12,8 @@ Until: vLLM's worker can be asked what sleeps, refuses to wake where there is no
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +22,10 @@ from patchfastrl import memory
 from patchfastrl.errors import StandbyError
 
 from . import cuda_weight_pool
+from .pool_pieces import Pieces
 from .replaced import replaced
+
+_TAGS = frozenset(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
 
 
 class Asleep:
@@ -33,23 +35,26 @@ class Asleep:
     not put to sleep again, and what is awake is not woken again: releases before 0.30 would release or map the memory
     a second time, which CUDA refuses.
 
-    Memory that nobody needs may stay where it is (`stays`). What was in it counts as lost all the same.
+    Memory that training does not lack may stay (`lacking`). What was in it counts as lost all the same.
 
     Args:
         able: whether it was built to sleep.
+        pieces: of its memory.
 
     Attributes:
         able: the same.
-        stays: the memory stays when the worker falls asleep next, until `give_back`.
+        lacking: bytes to release when the worker falls asleep next; None: all.
         releases: how often the contents were lost.
     """
 
-    def __init__(self, worker: Any, able: bool) -> None:
+    def __init__(self, worker: Any, able: bool, pieces: Pieces) -> None:
         self.able = able
+        self._pieces = pieces
         self._sleep, self._wake_up = worker.sleep, worker.wake_up
+        self._asked: tuple[Any, Any] = ((), {})  # how it was put to sleep
         self._tags: set[str] = set()
-        self._put_off: Callable[[], Any] | None = None  # what would release the memory that has stayed
-        self.stays = False
+        self._released: set[int] = set()
+        self.lacking: int | None = None
         self.releases = 0
         worker.sleep, worker.wake_up = self.release, self.take
         worker.add_lora, worker.pin_lora = self._refusing(worker.add_lora), self._refusing(worker.pin_lora)
@@ -65,47 +70,56 @@ class Asleep:
 
     def release(self, *args: Any, **kwargs: Any) -> None:
         self.need_standby()
-        stays, self.stays = self.stays, False
+        lacking, self.lacking = self.lacking, None
         if self.resident:
-            self._tags.update(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
+            self._tags.update(_TAGS)
             self.releases += 1
-            self._put_off = functools.partial(self._sleep, *args, **kwargs)
-        if not stays:
-            self.give_back()
+            self._asked = args, kwargs
+        self.give_back(lacking)
 
-    def give_back(self) -> bool:
-        """Release memory that has stayed. Returns whether there was any."""
-        if self._put_off is None:
+    def give_back(self, nbytes: int | None = None) -> bool:
+        """Release what has stayed of a worker that sleeps, or as much as makes up `nbytes`. Returns whether it did."""
+        going, left = set(), nbytes
+        # The KV cache first: what is woken before it is there sooner.
+        for piece, (tag, size) in sorted(self._pieces.sizes().items(), key=lambda item: item[1][0] != "kv_cache"):
+            if tag in self._tags and piece not in self._released and (left is None or left > 0):
+                going.add(piece)
+                left = None if left is None else left - size
+        if not going:
             return False
-        release, self._put_off = self._put_off, None
-        with _nothing_else():
-            release()
+        self._released |= going
+        args, kwargs = self._asked
+        with self._pieces.only(going), _nothing_else():
+            self._sleep(*args, **kwargs)
         memory.make_room(0)  # whether torch gives back what it keeps goes by the rule for waking
         return True
 
     def take(self, tags: list[str] | None = None) -> None:
         """Raises StandbyError, with nothing taken, if the device has not enough left."""
-        wanted = {"kv_cache", cuda_weight_pool.OWN_WEIGHTS} if tags is None or "kv_cache" in tags else {*tags}
-        taking = sorted(wanted & self._tags)
-        if taking and self._put_off is not None:
-            self._put_off = None
-            self._tags.clear()  # all of it is there
-        elif taking:
+        wanted = _TAGS if tags is None or "kv_cache" in tags else {*tags}
+        if taking := sorted(wanted & self._tags):
             self.need_room(taking)
-            with _nothing_else():
-                self._wake_up(taking)
+            if missing := self._missing(taking):
+                with self._pieces.only(missing), _nothing_else():
+                    self._wake_up(taking)
+                self._released.difference_update(missing)
             self._tags.difference_update(taking)
 
-    def released(self, tags: Collection[str] | None = None) -> int:
-        """Bytes that taking these tags takes from the device; None: all."""
-        return 0 if self._put_off is not None else cuda_weight_pool.nbytes(self._tags if tags is None else tags)
+    def released(self, tags: Collection[str] = _TAGS) -> int:
+        """Bytes that taking these tags takes from the device."""
+        return sum(self._missing(tags).values())
 
-    def need_room(self, tags: Collection[str] | None = None) -> None:
-        """Raises StandbyError if the device has not enough left to take these tags; None: all that is released."""
-        needed = self.released(tags)
-        if needed and torch.cuda.mem_get_info()[0] < needed:
+    def _missing(self, tags: Collection[str]) -> dict[int, int]:
+        sizes = self._pieces.sizes().items()
+        return {piece: size for piece, (tag, size) in sizes if tag in tags and piece in self._released}
+
+    def need_room(self, tags: Collection[str] = _TAGS) -> None:
+        """Raises StandbyError if the device has not enough left to take these tags."""
+        needed, free = self.released(tags), self._pieces.free()
+        if free is not None and free < needed:
             memory.return_cached()
-        if needed and (free := torch.cuda.mem_get_info()[0]) < needed:
+            free = self._pieces.free()
+        if free is not None and free < needed:
             raise StandbyError(
                 f"Waking the engine takes {memory.gib(needed)} of the GPU, and {memory.gib(free)} are left. Free what "
                 "else the script keeps there, and try again; or lower vllm_gpu_memory_utilization."

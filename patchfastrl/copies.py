@@ -98,12 +98,12 @@ class Copies:
         return self._scratch is None or self._scratch.resident
 
     @contextlib.contextmanager
-    def in_memory(self, stays: Callable[[], bool]) -> Iterator[None]:
-        """Inside the block the memory is there, with what was published; afterwards, too, if it `stays`."""
+    def in_memory(self, lacking: Callable[[], int | None]) -> Iterator[None]:
+        """Inside the block the memory is there, with what was published; afterwards, too, if nothing is `lacking`."""
         if self._scratch is None:
             yield
             return
-        remains = False
+        stays = False
         try:
             with uninterrupted():
                 if not self._scratch.resident:
@@ -111,9 +111,9 @@ class Copies:
                     if self._held is not None and adapters.publishing():
                         self._fill(self._copied(), self._adapters() if self._held.scalings else {})
             yield
-            remains = stays()
+            stays = lacking() == 0
         finally:
-            if not remains:
+            if not stays:
                 self.give_back()
 
     def give_back(self) -> bool:

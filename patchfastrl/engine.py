@@ -54,6 +54,7 @@ from .compat import (
     import_errors,
     inspected_here,
     own_memory,
+    pool_pieces,
     process_groups,
     sampler_warmup,
     worker_asleep,
@@ -273,7 +274,8 @@ def build(
         if on_cpu:
             asleep = llm.copies.storages() if llm.copies is not None and sleep_mode else []
             llm._standby = made["standby"] = cpu_standby.install(llm.worker, asleep + made["slot"])
-        llm._asleep = worker_asleep.Asleep(llm.worker, able=on_cpu or sleep_mode)
+        pieces = llm._standby or pool_pieces.PoolPieces()
+        llm._asleep = worker_asleep.Asleep(llm.worker, on_cpu or sleep_mode, pieces)
         scratch: Scratch | None = None
         if llm.copies is not None and not sleep_mode:
             if on_cpu:
@@ -359,9 +361,9 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
         )
 
 
-def _give_back(engine: weakref.ref[SharedLLM]) -> bool:
+def _give_back(engine: weakref.ref[SharedLLM], nbytes: int | None = None) -> bool:
     """`SharedLLM.give_back`, for a model, which keeps no engine alive."""
-    return (llm := engine()) is not None and llm.give_back()
+    return (llm := engine()) is not None and llm.give_back(nbytes)
 
 
 @contextlib.contextmanager

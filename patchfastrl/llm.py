@@ -130,7 +130,7 @@ class SharedLLM(LLM):
             lora_request, unmerged, explicit = self._prepared(lora_request)
         args, kwargs = with_seeds(args, kwargs)
         try:
-            in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory(self._stays)
+            in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory(self._lacking)
             with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
                 if self._prefixes_of != self._weights:
                     self.drop_prefixes()  # while a GPU merges
@@ -272,7 +272,7 @@ class SharedLLM(LLM):
         """Release the KV cache, and what else only sampling needs: copies, the adapter's slot.
 
         Weights stay where they are at every level (level 0 only pauses, as in vLLM). Where TRL goes on to train, and
-        all that training took so far fits beside it, the memory stays, until it does not fit or `sleep` comes again.
+        what that takes is known, memory that it does not lack stays, until it does or `sleep` comes again.
 
         Raises:
             StandbyError: the engine was built without standby.
@@ -286,18 +286,21 @@ class SharedLLM(LLM):
                 if level and self.copies is not None:
                     self.copies.release()
                 if level and self._asleep is not None:
-                    self._asleep.stays = self._stays()
+                    self._asleep.lacking = self._lacking()
                 super().sleep(min(level, 1), *args, **kwargs)
 
-    def _stays(self) -> bool:
-        """Whether what only sampling needs may stay in memory, after this batch and until `give_back`."""
+    def _lacking(self) -> int | None:
+        """Bytes that training lacks beside what only sampling needs, after this batch; None: not known."""
         trains, self._trainers_batch = self._trainers_batch, False
-        return trains and self.recompute is not None and self.recompute.fits()
+        return self.recompute.lacking() if trains and self.recompute is not None else None
 
-    def give_back(self) -> bool:
-        """Release memory that has stayed since the latest batch. Returns whether there was any."""
+    def give_back(self, nbytes: int | None = None) -> bool:
+        """Release memory that has stayed since the latest batch: all, or enough for `nbytes`. Returns whether it did.
+
+        Without standby that is the engine's own weights, all of them.
+        """
         with self._timed("sleep"), uninterrupted():
-            asleep = self._asleep is not None and self._asleep.give_back()
+            asleep = self._asleep is not None and self._asleep.give_back(nbytes)
             return asleep or (self.copies is not None and self.copies.give_back())
 
     def wake_up(self, tags: list[str] | None = None) -> None:

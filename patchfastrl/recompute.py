@@ -5,9 +5,9 @@ without these alone. As many of the last layers as fit there, and into what else
 plainly; the others are recomputed, as transformers does with all of them. The numbers are the same bit by bit. (With
 "needed" the device holds no more than when a batch was last sampled; with "least" it may hold all but a margin.)
 
-With "least" that holds for the engine's own memory as well: once two batches were trained on, and all that came with
-them would fit beside it, it stays where it is when the engine falls asleep (`fits`). A forward larger than all before
-it, or layers that could keep more without it, release it.
+With "least" the device need not give up what it does not lack: once two batches have shown what training takes, the
+engine releases only that much of its memory when it falls asleep (`lacking`). Layers that could keep more release what
+they need, a forward larger than all before it all.
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
@@ -85,7 +85,8 @@ class Recompute:
     Args:
         model: as the trainer calls it.
         least: the device may hold all that it has, not just what it held when a batch was last sampled.
-        give_back: releases what the engine holds though it sleeps, and says whether that was anything.
+        give_back: releases so many bytes (None: all) that the engine holds though it sleeps, as far as there are any,
+            and says whether there were.
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
@@ -97,7 +98,7 @@ class Recompute:
         model: nn.Module,
         device: memory.Device,
         least: bool,
-        give_back: Callable[[], bool] = lambda: False,
+        give_back: Callable[[int | None], bool] = lambda nbytes: False,
     ) -> None:
         self.kept = 0
         self.limit: int | None = None
@@ -138,23 +139,21 @@ class Recompute:
         self._trained_on += self._trains
         self._trains = False
 
-    def fits(self) -> bool:
-        """Whether all that came with earlier batches, the optimizer's step among it, fits beside what is held now."""
+    def lacking(self) -> int | None:
+        """Bytes that training, with what came with earlier batches, lacks beside what is held now; None: not known."""
         pending = any(p.grad is not None for p in self._trainable)  # an optimizer's first step may be still to come
         if not self._least or self._trained_on < 2 or pending:
-            return False
+            return None
         now = self._device.read()
-        most = now.held + self._growth
-        if most > now.total - now.total // memory.SPARE:
-            return False
+        lacking = max(0, now.held + self._growth - (now.total - now.total // memory.SPARE))
         if not self._said:
             self._said = True
             logger.info(
-                "PatchFastRL: standby: the engine's memory stays while training fits beside it (%s of %s)",
-                memory.gib(most),
-                memory.gib(now.total),
+                "PatchFastRL: training takes %s and lacks %s beside the engine, which releases no more than it lacks",
+                memory.gib(self._growth),
+                memory.gib(lacking),
             )
-        return True
+        return lacking
 
     def _note(self, now: memory.Reading) -> None:
         if self.limit is not None:
@@ -188,7 +187,7 @@ class Recompute:
         """Release what the engine still holds, unless there was a training forward as large as this one."""
         known = size is not None and any(_covers(seen, size) for seen in self._seen)
         if not known:
-            self._give_back()
+            self._give_back(None)
         if torch.is_grad_enabled():
             self._trains = True
             if size is not None and not known:
@@ -208,15 +207,15 @@ class Recompute:
     def _keep(self, layers: list[Any], found: _Measured, now: memory.Reading) -> None:
         sizes = [found.layers[layer] for layer in layers]
 
-        def fitting(now: memory.Reading) -> int:
+        def limit(now: memory.Reading) -> int:
             assert self.limit is not None
-            limit, margin = (now.total, memory.SPARE) if self._least else (self.limit, _MARGIN)
-            return layers_kept(limit - now.total // margin, now.held, found.rest, sizes)
+            most, margin = (now.total, memory.SPARE) if self._least else (self.limit, _MARGIN)
+            return most - now.total // margin
 
-        self.kept = fitting(now)
-        if self.kept < len(layers) and self._give_back():
+        self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
+        if self.kept < len(layers) and self._give_back(now.held + found.rest + sum(sizes) - limit(now)):
             now = self._device.read()
-            self.kept = fitting(now)
+            self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
         first = len(layers) - self.kept
         expected = sum(sizes[first:])
         if self._logged is None or self.kept < self._logged:

@@ -462,14 +462,11 @@ def test_an_error_while_the_copy_is_made_leaves_an_engine_that_is_awake() -> Non
 
 def test_without_room_to_wake_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the memory were a GPU's, with room for the copy and not for the KV cache."""
-    from patchfastrl.compat import cuda_weight_pool
-
     model = tiny.adapted(tiny.model("qwen2"))
     llm = merged(model, enable_sleep_mode=True)
     llm.sleep()
     with monkeypatch.context() as full:
-        full.setattr(cuda_weight_pool, "nbytes", lambda tags=("kv_cache", "own weights"): 100 * len(tags))
-        full.setattr(torch.cuda, "mem_get_info", lambda *_: (150, 1000))
+        full.setattr(llm._standby, "free", lambda: llm.shared.own_bytes)
         with pytest.raises(StandbyError, match="Free what else"):
             llm.wake_up()
         assert all(copy.untyped_storage().nbytes() == 0 for copy in llm.copies.storages())

@@ -280,6 +280,7 @@ def test_a_later_engine_does_not_put_to_sleep_what_an_earlier_one_left(monkeypat
     from vllm.device_allocator import cumem
 
     from patchfastrl.compat import cuda_weight_pool
+    from patchfastrl.compat.pool_pieces import PoolPieces
 
     released: list[int] = []
     monkeypatch.setattr(cumem, "unmap_and_release", lambda handle: released.append(handle[2]))
@@ -295,13 +296,13 @@ def test_a_later_engine_does_not_put_to_sleep_what_an_earlier_one_left(monkeypat
         allocate(address)
     cuda_weight_pool.leave()
     allocate(3000)
-    assert cuda_weight_pool.nbytes() == 100
+    assert PoolPieces().sizes() == {3000: ("default", 100)}
     pool.sleep("weights")
     assert released == [3000]
     assert pool._python_free_callback(1000)[2] == 1000
     cuda_weight_pool.leave()
     allocate(1000)  # the address was free
-    assert cuda_weight_pool.nbytes() == 100
+    assert PoolPieces().sizes() == {1000: ("default", 100)}
     for address in (1000, 2000, 3000):
         assert pool._python_free_callback(address)[2] == address
     with pytest.raises(KeyError):
@@ -310,7 +311,7 @@ def test_a_later_engine_does_not_put_to_sleep_what_an_earlier_one_left(monkeypat
     cuda_weight_pool.leave()
     allocate(4000)  # the first one failed, and vLLM's record stayed
     assert pool._python_free_callback(4000)[2] == 4000
-    assert cuda_weight_pool.nbytes() == 0
+    assert PoolPieces().sizes() == {}
 
 
 def test_what_a_failed_build_gives_back_on_a_gpu_and_when(monkeypatch: pytest.MonkeyPatch) -> None:

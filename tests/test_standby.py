@@ -49,12 +49,13 @@ def map_once(llm: Any) -> Any:
     storages, (release, take) = llm._standby, (llm._standby.release, llm._standby.take)
 
     def release_once() -> None:
-        assert storages.resident, "released twice"
+        assert not storages._released.intersection(storages._only), "released twice"
         release()
 
     def take_once(tags: list[str] | None = None) -> None:
         for number, (tag, _, _) in enumerate(storages._storages):
-            assert number in storages._released or not (tags is None or tag in tags), "taken twice"
+            taken = number in storages._only and (tags is None or tag in tags)
+            assert number in storages._released or not taken, "taken twice"
         take(tags)
 
     storages.release, storages.take = release_once, take_once
@@ -233,10 +234,9 @@ def test_waking_behind_our_back(pair: tuple[Any, Any]) -> None:
 @pytest.fixture
 def full_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The engine's memory is as if it were a GPU's, of which too little is left. `undo()` frees enough."""
-    from patchfastrl.compat import cuda_weight_pool
+    from patchfastrl.compat.cpu_standby import Storages
 
-    monkeypatch.setattr(cuda_weight_pool, "nbytes", lambda *_: 3 << 30)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 << 30, 80 << 30))
+    monkeypatch.setattr(Storages, "free", lambda *_: 100)
     return monkeypatch
 
 
@@ -244,7 +244,7 @@ def test_waking_without_room_changes_nothing(pair: tuple[Any, Any], full_gpu: py
     llm, model = pair
     llm.sleep()
     for _ in range(2):
-        with pytest.raises(StandbyError, match=r"takes 3.00 GiB .* 2.00 GiB are left"):
+        with pytest.raises(StandbyError, match=r"takes [1-9].* MiB .* 0.0 MiB are left"):
             llm.wake_up()
         assert_asleep(llm)
     full_gpu.undo()
@@ -830,7 +830,12 @@ def test_the_memory_stays_where_training_fits_beside_it(
     trainer.vllm_generation.llm.wake_up()  # on a CPU an engine's end releases what is there
     trainer, there, full = train_beside(tmp_path / "full", 100, adapted)
     assert there == [released] * 5
-    trainer.vllm_generation.llm.wake_up()
+    llm = trainer.vllm_generation.llm
+    some = llm._asleep.released()  # as much as it lacks, in whole pieces
+    llm.sleep()
+    assert 0 < some <= llm._asleep.released() == llm._standby.nbytes
+    assert (some < llm._standby.nbytes) == adapted  # the KV cache is one piece
+    llm.wake_up()
     trainer, there, ours = train_beside(tmp_path / "ours", 1000, adapted)
     assert there == [released] * 2 + [stays] * 3
     for one, other in ((full, stock), (ours, stock)):
@@ -890,15 +895,12 @@ def test_an_engine_whose_memory_stayed_can_be_closed_and_collected(standby: None
 
 
 def test_waking_what_stayed_takes_no_memory(standby: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from patchfastrl.compat import cuda_weight_pool
-
     trainer, _, _ = train_beside(tmp_path, 1000, True)
     llm = trainer.vllm_generation.llm
-    monkeypatch.setattr(cuda_weight_pool, "nbytes", lambda *_: 3 << 30)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 << 30, 80 << 30))
+    monkeypatch.setattr(llm._standby, "free", lambda: 0)
     llm.wake_up()
     llm.sleep()
-    with pytest.raises(StandbyError, match=r"takes 3.00 GiB .* 2.00 GiB are left"):
+    with pytest.raises(StandbyError, match=r"takes [1-9].* MiB .* 0.0 MiB are left"):
         llm.wake_up()
     monkeypatch.undo()
     llm.wake_up()
