@@ -114,6 +114,7 @@ class Recompute:
         self._seen: list[Size] = []  # of micro-batches: none larger came before
         self._allocated = 0  # when a batch was last sampled
         self._growth = 0  # the most that was allocated on top, until the next one was
+        self._peak = 0  # the latest that was read
         self._trained_on = 0  # batches, with forwards in training
         self._trains = False  # there was one since a batch was last sampled
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # what a forward left for its backward, still to come
@@ -132,7 +133,7 @@ class Recompute:
 
     def sampled(self) -> None:
         """A batch was sampled; the engine still has its memory."""
-        now = self._device.read()
+        now = self._read()
         self._note(now)
         self._allocated, self.limit = now.allocated, now.held
         self._batches += 1
@@ -154,6 +155,13 @@ class Recompute:
                 memory.gib(lacking),
             )
         return lacking
+
+    def _read(self) -> memory.Reading:
+        now = self._device.read()
+        if now.peak < self._peak:  # the script made it start anew, so this batch does not show what training takes
+            self._trained_on, self._trains = 0, False
+        self._peak = now.peak
+        return now
 
     def _note(self, now: memory.Reading) -> None:
         if self.limit is not None:
@@ -197,6 +205,8 @@ class Recompute:
         for layer, stock in self._stock:
             layer._gradient_checkpointing_func = stock
         self._stock = []
+        if self._trains and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._read()
 
     def _replace(self, layer: Any, call: partial[Any]) -> None:
         self._stock.append((layer, layer._gradient_checkpointing_func))
@@ -247,6 +257,7 @@ class Recompute:
     def _measure(self, layers: list[Any], size: Size, now: memory.Reading) -> None:
         self._note(now)
         self._device.forget_peak()
+        self._peak = 0
         made = _Measured(size, now.allocated, dict.fromkeys(layers, 0))
         self._open.add(made)
         for layer in layers:

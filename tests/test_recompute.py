@@ -523,7 +523,8 @@ def test_nothing_is_decided(case: str) -> None:
     elif case == "set":
         script.model.config.output_hidden_states = True
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(script.tensors, "read", None)
+        for decides in ("_keep", "_measure"):
+            patched.setattr(script.recompute, decides, None)
         if case == "compiled":
             patched.setattr(torch.compiler, "is_compiling", lambda: True)
         script.calls.clear()
@@ -665,7 +666,6 @@ def test_two_batches_show_what_training_takes(
     script, device = sleeper()
     most = script.recompute._growth
     before = device.bytes()
-    device.forget_peak()
     script.step()
     script.model.zero_grad()
     assert device.peak - before == most > 100_000
@@ -696,6 +696,20 @@ def test_batches_that_nobody_trains_on_show_nothing() -> None:
             script.forward()
         script.sleep()
         assert script.recompute.lacking() is None
+
+
+def test_nothing_is_known_where_the_script_resets_the_peak() -> None:
+    script, device = sleeper()
+    assert script.recompute.lacking() == 0
+    for resets in (True, True, False, False):
+        script.step()
+        script.model.zero_grad()
+        if resets:
+            device.forget_peak()
+        script.sleep()
+        known = script.recompute.lacking()
+        assert known is None or not resets
+    assert known == 0
 
 
 @pytest.mark.parametrize("grad", [True, False])
