@@ -90,10 +90,11 @@ def PatchFastRL(
             `liger-kernel` is installed, norms, gated activations and rotary embeddings) are computed by fused
             operations in training: the same function, rounded in other places. None: on a GPU.
         recompute: which layers gradient checkpointing recomputes, where the script turns it on; the numbers are the
-            same. ``"least"``: on a GPU, only those whose activations do not fit into what is free on it. ``"needed"``:
-            for a GPU that others use as well, only those that do not fit into the memory that the engine gave back
-            after a batch (with standby its KV cache and its own weights, without these alone). ``"always"``: every
-            layer, as without PatchFastRL.
+            same. ``"least"``: on a GPU, only those whose activations do not fit into what is free on it; and standby
+            releases only what training lacks, once two batches have shown what it takes. ``"needed"``: for a GPU that
+            others use as well, only those that do not fit into the memory that the engine gave back after a batch (with
+            standby its KV cache and its own weights, without these alone). ``"always"``: every layer, as without
+            PatchFastRL.
         strict: False leaves stock TRL wholly in place, with one RuntimeWarning, when something cannot be patched.
 
     Raises:
