@@ -383,6 +383,9 @@ def patched(job: dict[str, Any]) -> None:
         llm.publish()
         compared("after training", llm, like, changed=False)
         if sleeps(job) and on_gpu():
+            from patchfastrl.room import AtTheEnd
+
+            trainer.remove_callback(AtTheEnd)  # it would release what is looked at here
             grid.aim(trainer, 16, PROMPTS, 3)
             trainer.train()
             stayed = llm._asleep.released() == 0

@@ -31,19 +31,12 @@ _TAGS = frozenset(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
 class Asleep:
     """What of a worker's memory is released, whoever put it to sleep and woke it: past the engine, too.
 
-    Whoever wakes only the KV cache wakes our tag as well; and no adapter is loaded while that sleeps. What sleeps is
-    not put to sleep again, and what is awake is not woken again: releases before 0.30 would release or map the memory
-    a second time, which CUDA refuses.
-
-    Memory that training does not lack may stay (`lacking`). What was in it counts as lost all the same.
-
-    Args:
-        able: whether it was built to sleep.
-        pieces: of its memory.
+    Whoever wakes only the KV cache wakes our tag as well; and no adapter is loaded while that sleeps. Nothing is
+    released or mapped twice, which CUDA refuses, and releases before 0.30 would do. Memory that training does not lack
+    may stay (`releasing`); what was in it counts as lost all the same.
 
     Attributes:
-        able: the same.
-        lacking: bytes to release when the worker falls asleep next; None: all.
+        able: whether it was built to sleep.
         releases: how often the contents were lost.
     """
 
@@ -54,7 +47,7 @@ class Asleep:
         self._asked: tuple[Any, Any] = ((), {})  # how it was put to sleep
         self._tags: set[str] = set()
         self._released: set[int] = set()
-        self.lacking: int | None = None
+        self._nbytes: int | None = None  # to release when it falls asleep; None: all
         self.releases = 0
         worker.sleep, worker.wake_up = self.release, self.take
         worker.add_lora, worker.pin_lora = self._refusing(worker.add_lora), self._refusing(worker.pin_lora)
@@ -68,14 +61,22 @@ class Asleep:
         if not self.able:
             raise StandbyError("This engine was built without standby. Set UNSLOTH_VLLM_STANDBY=1 before it is built.")
 
+    @contextlib.contextmanager
+    def releasing(self, nbytes: int | None) -> Iterator[None]:
+        """Falling asleep inside the block releases only so many bytes; None: all."""
+        self._nbytes = nbytes
+        try:
+            yield
+        finally:
+            self._nbytes = None
+
     def release(self, *args: Any, **kwargs: Any) -> None:
         self.need_standby()
-        lacking, self.lacking = self.lacking, None
         if self.resident:
             self._tags.update(_TAGS)
             self.releases += 1
             self._asked = args, kwargs
-        self.give_back(lacking)
+        self.give_back(self._nbytes)
 
     def give_back(self, nbytes: int | None = None) -> bool:
         """Release what has stayed of a worker that sleeps, or as much as makes up `nbytes`. Returns whether it did."""
@@ -89,7 +90,7 @@ class Asleep:
             return False
         self._released |= going
         args, kwargs = self._asked
-        with self._pieces.only(going), _nothing_else():
+        with _nothing_else(), self._pieces.only(going):
             self._sleep(*args, **kwargs)
         memory.make_room(0)  # whether torch gives back what it keeps goes by the rule for waking
         return True
@@ -100,7 +101,7 @@ class Asleep:
         if taking := sorted(wanted & self._tags):
             self.need_room(taking)
             if missing := self._missing(taking):
-                with self._pieces.only(missing), _nothing_else():
+                with _nothing_else(), self._pieces.only(missing):
                     self._wake_up(taking)
                 self._released.difference_update(missing)
             self._tags.difference_update(taking)

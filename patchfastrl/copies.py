@@ -3,8 +3,8 @@
 Most of an engine's weights are the trainer's own storage. Some cannot be: float32 master weights (the engine samples in
 half precision), packed 4-bit weights, and, where rollouts are to run at the speed of a merged model, the matrices that
 the adapter changes. The engine has its own memory for these, and fills it from the trainer's weights and adapter before
-it samples. Standby releases it with the KV cache; without standby it is there while a batch runs, and no longer. The
-trainer's weights are only ever read.
+it samples. Standby releases it with the KV cache; without standby it is there while a batch runs, and no longer, unless
+training fits beside it (`room.py`). The trainer's weights are only ever read.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Copies:
         self._held = None
 
     def live_in(self, scratch: Scratch | None) -> None:
-        """Their memory is this one, there while a batch runs and no longer. None: it stays, or standby sees to it."""
+        """Their memory is this one, there while a batch runs. None: it stays, or standby sees to it."""
         self._scratch = scratch
         self.give_back()
 

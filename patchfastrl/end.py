@@ -29,7 +29,11 @@ def reachable(asleep: worker_asleep.Asleep, standby: cpu_standby.Storages | None
     """On a GPU: freeing memory that is not mapped leaves vLLM's allocator in an error that the next engine inherits."""
     if standby is None:
         memory.return_cached()
-        asleep.take()
+        try:
+            asleep.take()
+        except StandbyError:
+            asleep.give_back()  # what had stayed
+            raise
         if scratch is not None:
             scratch.take()
 

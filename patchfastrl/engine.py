@@ -65,6 +65,7 @@ from .errors import UnsupportedError
 from .llm import SharedLLM, live
 from .packed import quant_state
 from .recompute import Recompute
+from .room import Room
 from .sharing import base_of, base_parameters, dtype_of
 
 logger = logging.getLogger("patchfastrl")
@@ -351,19 +352,20 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     wanted, on_gpu = install.settings(), not current_platform.is_cpu()
     if wanted.fuses(on_gpu):
         training.fuse(model)
-    if llm.recompute is not None:
-        llm.recompute.remove()
-    llm.recompute = None
+    for earlier in (llm.room, llm.recompute):
+        if earlier is not None:
+            earlier.remove()
+    llm.room = llm.recompute = None
     if on_gpu and wanted.recompute != "always":
-        device = memory.Device(next(model.parameters()).device)
-        llm.recompute = Recompute(
-            model, device, wanted.recompute == "least", functools.partial(_give_back, weakref.ref(llm))
-        )
+        device = memory.Device(next(model.parameters()).device, memory.idle())
+        give_back, least = functools.partial(_give_back, weakref.ref(llm)), wanted.recompute == "least"
+        llm.room = Room(model, device, give_back) if least else None  # its hooks first: it reads the peak
+        llm.recompute = Recompute(model, device, least, give_back)
 
 
 def _give_back(engine: weakref.ref[SharedLLM], nbytes: int | None = None) -> bool:
     """`SharedLLM.give_back`, for a model, which keeps no engine alive."""
-    return (llm := engine()) is not None and llm.give_back(nbytes)
+    return (llm := engine()) is not None and not llm._closed and llm.give_back(nbytes)
 
 
 @contextlib.contextmanager

@@ -84,8 +84,9 @@ def PatchFastRL(
             implies.
         rollouts: how an adapter is sampled with. ``"adapter"``: beside the shared weights, from the engine's LoRA slot.
             ``"merged"``: merged into a copy of the weights that it changes, within the engine's share of the memory,
-            which is there while a batch runs (with standby: while the engine is awake). Faster per token on a GPU.
-            None: merged on a GPU where the copy fits, else the adapter.
+            which is there while a batch runs (with standby: while the engine is awake; and as long as training does
+            not lack the memory). Faster per token on a GPU. None: merged on a GPU where the copy fits, else
+            the adapter.
         fused_training: whether adapters and log-probabilities (and, on a GPU, attention of padded batches and, where
             `liger-kernel` is installed, norms, gated activations and rotary embeddings) are computed by fused
             operations in training: the same function, rounded in other places. None: on a GPU.

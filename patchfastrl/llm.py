@@ -22,6 +22,7 @@ from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
 from .recompute import Recompute
+from .room import Room, batch_of
 from .sampling import with_seeds
 from .slot import Slot
 from .structure import looked_at_once
@@ -48,6 +49,7 @@ class SharedLLM(LLM):
     slot: Slot | None
     copies: Copies | None
     recompute: Recompute | None
+    room: Room | None
     merging: bool  # whether an adapter is to be merged, if the copies hold all that it changes
     _end: weakref.finalize
     _reachable: Callable[[], None]  # before the end
@@ -57,7 +59,7 @@ class SharedLLM(LLM):
         self.publishes = 0
         self.slot = None
         self.copies = None
-        self.recompute = None
+        self.recompute = self.room = None
         self._closed: str | None = None
         self._failed = ""
         self._samples_in: int | None = None  # the thread in which a batch runs
@@ -140,9 +142,12 @@ class SharedLLM(LLM):
                     outputs = call(*args, lora_request=lora_request, **kwargs)
                     if self.recompute is not None:
                         self.recompute.sampled()
+                    if self.room is not None:
+                        self.room.sampled(batch_of(outputs))
                     return outputs
                 except BaseException:
                     self._failed = ", ".join(map(repr, failed))
+                    self._trainers_batch = False
                     self._abort_requests()
                     raise
                 finally:
@@ -285,14 +290,13 @@ class SharedLLM(LLM):
             with self._timed("sleep"), uninterrupted():
                 if level and self.copies is not None:
                     self.copies.release()
-                if level and self._asleep is not None:
-                    self._asleep.lacking = self._lacking()
-                super().sleep(min(level, 1), *args, **kwargs)
+                with self._asleep.releasing(self._lacking()) if level and self._asleep else contextlib.nullcontext():
+                    super().sleep(min(level, 1), *args, **kwargs)
 
     def _lacking(self) -> int | None:
         """Bytes that training lacks beside what only sampling needs, after this batch; None: not known."""
         trains, self._trainers_batch = self._trainers_batch, False
-        return self.recompute.lacking() if trains and self.recompute is not None else None
+        return self.room.lacking() if trains and self.room is not None else None
 
     def give_back(self, nbytes: int | None = None) -> bool:
         """Release memory that has stayed since the latest batch: all, or enough for `nbytes`. Returns whether it did.
@@ -390,8 +394,9 @@ class SharedLLM(LLM):
         self._reachable()
         self._closed = reason
         live.discard(self)
-        if self.recompute is not None:
-            self.recompute.remove()
+        for hooks in (self.room, self.recompute):
+            if hooks is not None:
+                hooks.remove()
         self._end()
         for name in list(vars(self)):
             if name not in ("_closed", "seconds", "publishes"):

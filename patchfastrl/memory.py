@@ -64,30 +64,50 @@ class Reading:
 
 
 class Device:
-    """The memory of a GPU."""
+    """The memory of a GPU.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        idle: bytes that torch keeps and that nobody can use (`idle`); they count as held.
+
+    Attributes:
+        resets: how often somebody else made torch's peak start anew, as far as it was noticed.
+    """
+
+    def __init__(self, device: torch.device, idle: int = 0) -> None:
         self._device = device
+        self._idle = idle
+        self._peak = 0
+        self.resets = 0
 
     def read(self) -> Reading:
         free, total = torch.cuda.mem_get_info(self._device)
         stats = torch.cuda.memory_stats(self._device)
         allocated = stats["allocated_bytes.all.current"]
-        cached = stats["reserved_bytes.all.current"] - allocated
+        cached = max(0, stats["reserved_bytes.all.current"] - allocated - self._idle)
         held = total - free - cached
         fraction = torch.cuda.get_per_process_memory_fraction(self._device)
         if fraction < 1:  # the script's own bound
             total = min(total, held - allocated + int(fraction * total))
-        return Reading(total, held, cached, allocated, stats["allocated_bytes.all.peak"])
+        before, self._peak = self._peak, stats["allocated_bytes.all.peak"]
+        self.resets += self._peak < before
+        return Reading(total, held, cached, allocated, self._peak)
 
     def forget_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
+        self._peak = 0
 
 
 def return_cached() -> None:
     """Give the memory of a GPU that torch keeps for later allocations back to the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def idle() -> int:
+    """Bytes of a GPU that torch keeps and cannot give back, such as what the graphs of an engine leave of theirs."""
+    return_cached()
+    stats = torch.cuda.memory_stats()
+    return stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
 
 
 def make_room(nbytes: int) -> None:

@@ -5,9 +5,8 @@ without these alone. As many of the last layers as fit there, and into what else
 plainly; the others are recomputed, as transformers does with all of them. The numbers are the same bit by bit. (With
 "needed" the device holds no more than when a batch was last sampled; with "least" it may hold all but a margin.)
 
-With "least" the device need not give up what it does not lack: once two batches have shown what training takes, the
-engine releases only that much of its memory when it falls asleep (`lacking`). Layers that could keep more release what
-they need, a forward larger than all before it all.
+With "least", where an engine that sleeps still holds memory (`room.py`), and without it more layers could keep theirs,
+that is given back first.
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
@@ -85,8 +84,7 @@ class Recompute:
     Args:
         model: as the trainer calls it.
         least: the device may hold all that it has, not just what it held when a batch was last sampled.
-        give_back: releases so many bytes (None: all) that the engine holds though it sleeps, as far as there are any,
-            and says whether there were.
+        give_back: releases so many bytes of what the engine still holds, as far as it does, and says whether it did.
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
@@ -98,29 +96,21 @@ class Recompute:
         model: nn.Module,
         device: memory.Device,
         least: bool,
-        give_back: Callable[[int | None], bool] = lambda nbytes: False,
+        give_back: Callable[[int], bool] = lambda nbytes: False,
     ) -> None:
         self.kept = 0
         self.limit: int | None = None
         self._device = device
         self._least = least
         self._give_back = give_back
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._config = base_of(model).config.get_text_config()
         self._layers = _stack(base_of(model))
         self._batches = 0
         self._first: int | None = None  # which batch the first training forward came after
         self._measured: dict[Size, _Measured] = {}
-        self._seen: list[Size] = []  # of micro-batches: none larger came before
-        self._allocated = 0  # when a batch was last sampled
-        self._growth = 0  # the most that was allocated on top, until the next one was
-        self._peak = 0  # the latest that was read
-        self._trained_on = 0  # batches, with forwards in training
-        self._trains = False  # there was one since a batch was last sampled
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # what a forward left for its backward, still to come
         self._stock: list[tuple[nn.Module, Any]] = []  # while in a forward: what is put back after it
         self._logged: int | None = None
-        self._said = False
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -133,50 +123,17 @@ class Recompute:
 
     def sampled(self) -> None:
         """A batch was sampled; the engine still has its memory."""
-        now = self._read()
-        self._note(now)
-        self._allocated, self.limit = now.allocated, now.held
+        self.limit = self._device.read().held
         self._batches += 1
-        self._trained_on += self._trains
-        self._trains = False
-
-    def lacking(self) -> int | None:
-        """Bytes that training, with what came with earlier batches, lacks beside what is held now; None: not known."""
-        pending = any(p.grad is not None for p in self._trainable)  # an optimizer's first step may be still to come
-        if not self._least or self._trained_on < 2 or pending:
-            return None
-        now = self._device.read()
-        lacking = max(0, now.held + self._growth - (now.total - now.total // memory.SPARE))
-        if not self._said:
-            self._said = True
-            logger.info(
-                "PatchFastRL: training takes %s and lacks %s beside the engine, which releases no more than it lacks",
-                memory.gib(self._growth),
-                memory.gib(lacking),
-            )
-        return lacking
-
-    def _read(self) -> memory.Reading:
-        now = self._device.read()
-        if now.peak < self._peak:  # the script made it start anew, so this batch does not show what training takes
-            self._trained_on, self._trains = 0, False
-        self._peak = now.peak
-        return now
-
-    def _note(self, now: memory.Reading) -> None:
-        if self.limit is not None:
-            self._growth = max(self._growth, now.peak - self._allocated)
 
     # A forward ------------------------------------------------------------------------------------------------------
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
         layers: list[Any] = [m for m in self._layers if m.gradient_checkpointing and m.training]
-        size = _size(args, kwargs)
-        self._make_room(size)
+        size = size_of(args, kwargs)
         asked = any(kwargs.get(name) or getattr(self._config, name, False) for name in _ASKED)
-        if self.limit is None or size is None or asked or not layers or not torch.is_grad_enabled():
+        training = bool(layers) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self.limit is None or size is None or asked or not training:
             return
         self.kept = 0
         if self._open:
@@ -184,29 +141,17 @@ class Recompute:
         now = self._device.read()
         if self._first is None:
             self._first = self._batches
-        larger = [s for s, m in self._measured.items() if _covers(s, size) and list(m.layers) == layers]
+        larger = [s for s, m in self._measured.items() if covers(s, size) and list(m.layers) == layers]
         # In the first batch the optimizer's state is still to come, which must not end up between activations.
         if not larger or self._batches == self._first:
             self._measure(layers, size, now)
         else:
             self._keep(layers, self._measured[min(larger)], now)
 
-    def _make_room(self, size: Size | None) -> None:
-        """Release what the engine still holds, unless there was a training forward as large as this one."""
-        known = size is not None and any(_covers(seen, size) for seen in self._seen)
-        if not known:
-            self._give_back(None)
-        if torch.is_grad_enabled():
-            self._trains = True
-            if size is not None and not known:
-                self._seen = [seen for seen in self._seen if not _covers(size, seen)] + [size]
-
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for layer, stock in self._stock:
             layer._gradient_checkpointing_func = stock
         self._stock = []
-        if self._trains and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._read()
 
     def _replace(self, layer: Any, call: partial[Any]) -> None:
         self._stock.append((layer, layer._gradient_checkpointing_func))
@@ -255,9 +200,7 @@ class Recompute:
     # Measuring ------------------------------------------------------------------------------------------------------
 
     def _measure(self, layers: list[Any], size: Size, now: memory.Reading) -> None:
-        self._note(now)
         self._device.forget_peak()
-        self._peak = 0
         made = _Measured(size, now.allocated, dict.fromkeys(layers, 0))
         self._open.add(made)
         for layer in layers:
@@ -305,7 +248,8 @@ def _stack(base: nn.Module) -> list[Any]:
     return list(found.values()) if len({name.rpartition(".")[0] for name in found}) == 1 else []
 
 
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Size | None:
+def size_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Size | None:
+    """Of a forward with these arguments; None: it is not known."""
     rows = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
     if rows is None and args:
         rows = args[0]
@@ -317,5 +261,6 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Size | None:
     return number * length, length, number * logits
 
 
-def _covers(size: Size, other: Size) -> bool:
+def covers(size: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether nothing of `other` is larger."""
     return all(a >= b for a, b in zip(size, other, strict=True))

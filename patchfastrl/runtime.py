@@ -298,7 +298,7 @@ def build_early_engine(
 def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM:
     from vllm import LLM
 
-    from . import engine
+    from . import engine, room
 
     if llm_class is not LLM:
         raise UnsupportedError(f"TRL's `LLM` is {llm_class!r}, not vLLM's class: another library has replaced it.")
@@ -319,7 +319,9 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
         os.environ["MASTER_PORT"] = "0"
     ready = engine.brought_along(owner.model, kwargs)
     args = getattr(trainer, "args", None)
-    return ready or engine.build(owner.model, owner.processing_class, args=args, **kwargs)
+    llm = ready or engine.build(owner.model, owner.processing_class, args=args, **kwargs)
+    room.watch(llm, trainer)
+    return llm
 
 
 def _builds_for(owner: Any, trainer: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from vllm.platforms import current_platform
 
-from .install import settings
 from .llm import SharedLLM
 from .memory import gib
 from .packed import quant_state
@@ -36,8 +35,7 @@ def of(llm: SharedLLM, sleep_mode: bool) -> str:
         lines.append(f"  adapter   slot of rank {rank}{', released by standby' if sleep_mode else ''}")
     else:
         lines.append("  adapter   none: the weights themselves are trained, the optimizer's update is the engine's")
-    lazily = llm.recompute is not None and settings().recompute == "least"
-    on = f"on: the KV cache is released while training{', as far as that lacks memory' if lazily else ''}"
+    on = f"on: the KV cache is released while training{', as far as that lacks memory' if llm.room is not None else ''}"
     lines.append(f"  standby   {on if sleep_mode else 'off'}")
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ import operator
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from vllm.sampling_params import BeamSearchParams
 from patchfastrl import FastLanguageModel, PatchFastRL, engine_report, memory, rollouts, runtime
 from patchfastrl.checksum import checksum
 from patchfastrl.errors import AdapterError, SharingError, StandbyError, UnsupportedError
-from patchfastrl.recompute import Recompute
+from patchfastrl.room import Room
 from patchfastrl.sharing import base_parameters
 
 PROMPT = tiny.ids(16)
@@ -338,14 +339,13 @@ def test_without_standby_the_copy_stays_where_training_fits_beside_it() -> None:
 
     trainers_batch()
     assert not llm.copies.resident
-    llm.recompute = Recompute(model, tiny.Roomy(), least=True, give_back=llm.give_back)
-    for _ in range(2):  # of which the forwards above, to compare, pass for training
-        llm.recompute._trains = True
-        trainers_batch()
+    llm.room = Room(model, tiny.Roomy(), llm.give_back)
+    llm.room.ends, llm.room._trained_on, llm.room._batches = True, 2, [(1000, 1000)]
+    optimizer = torch.optim.SGD(model.parameters())
+    llm.room._optimizer = weakref.ref(optimizer)
+    llm.room._forwards = [(10**6, 10**6, 10**6)]  # forwards here compare
     for seed in (2, 3, 4):
         tiny.scramble(model, seed=seed)
-        llm.recompute._trains = False
-        llm.recompute._seen = [(10**6, 10**6, 10**6)]
         trainers_batch()
         assert llm.copies.resident
     releases = llm.copies.releases
@@ -359,10 +359,10 @@ def test_without_standby_the_copy_stays_where_training_fits_beside_it() -> None:
     assert llm.copies.resident
     assert_alike(llm, model)  # a batch that nobody trains on
     assert not llm.copies.resident
-    llm.recompute._device = tiny.Roomy(100)
+    llm.room._device = tiny.Roomy(100)
     trainers_batch()
     assert not llm.copies.resident
-    llm.recompute._device = tiny.Roomy()
+    llm.room._device = tiny.Roomy()
     trainers_batch()
     llm.llm_engine.engine_core.get_output = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):

@@ -232,6 +232,8 @@ def cached_tokens(llm: Any, prompt: list[int], **kwargs: Any) -> int:
 class Roomy:
     """A device that has room for training beside the engine, or (`total=100`) has none."""
 
+    resets = 0
+
     def __init__(self, total: int = 1000) -> None:
         self.total = total
 

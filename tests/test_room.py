@@ -1,0 +1,253 @@
+"""What training takes, and so what it lacks beside an engine that sleeps."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_recompute import Engine, Script
+
+from patchfastrl import memory, room
+from patchfastrl.recompute import Recompute
+from patchfastrl.room import Room, batch_of
+
+pytestmark = pytest.mark.timeout(180)
+
+SIZE = (3, 12)
+BATCH = (36, 12)
+
+
+class Device(Engine):
+    """The same, which notices as `memory.Device` does that somebody made the peak start anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resets, self._before = 0, 0
+
+    def read(self) -> memory.Reading:
+        now = super().read()
+        self.resets += now.peak < self._before
+        self._before = now.peak
+        return now
+
+    def forget_peak(self) -> None:
+        super().forget_peak()
+        self._before = 0
+
+
+class Training:
+    """A script that trains in batches of two micro-batches and a step of the optimizer."""
+
+    def __init__(self, steps: int = 2) -> None:
+        self.device, self.script = Device(), Script()
+        self.script.recompute.remove()
+        self.script.tensors = self.device
+        self.model = self.script.model
+        self.room = Room(self.model, self.device, self.device.give_back)
+        self.room.ends = True
+        self.script.recompute = Recompute(self.model, self.device, True, self.device.give_back)
+        self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad])
+        self.sampled()
+        for _ in range(steps):
+            self.batch()
+
+    def sampled(self, batch: Any = BATCH) -> int | None:
+        self.script.sleep()
+        self.room.sampled(batch)
+        return self.room.lacking()
+
+    def trains(self, *size: int, steps: bool = True) -> None:
+        for _ in range(2):
+            self.script.step(*(size or SIZE))
+        if steps:
+            self.optimizer.step()
+
+    def batch(self, *size: int, batch: Any = BATCH, steps: bool = True) -> int | None:
+        """Trained on, and the next one of this size sampled."""
+        self.trains(*size, steps=steps)
+        return self.sampled(batch)
+
+
+def test_two_batches_show_what_training_takes(caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(0)
+    assert training.batch() is None
+    assert training.batch() == 0
+    device, most = training.device, training.room._growth
+    before = device.bytes()
+    training.trains()
+    training.model.zero_grad()
+    assert device.peak - before == most > 100_000
+    device.stays = True
+    for lacking in (0, 900_000, 2_000_000_000, 0):
+        device.total = (3_000_000 + device.bytes() + most - lacking) * 10 // 9
+        assert lacking <= (training.room.lacking() or 0) <= lacking + 2
+    with caplog.at_level(logging.INFO, logger="patchfastrl"):
+        other = Training()
+        assert [other.room.lacking() for _ in range(2)] == [0, 0]
+    (said,) = [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()]
+    assert said.startswith("PatchFastRL: training takes ")
+
+
+def test_nothing_is_known_before_an_optimizer_has_stepped() -> None:
+    """A gradient scaler leaves steps out, and the optimizer's state is still to come."""
+    training = Training(0)
+    for _ in range(3):
+        assert training.batch(steps=False) is None
+    assert training.batch() is None
+    assert training.batch() == 0
+    other = tiny.model()
+    other(torch.tensor([tiny.ids()])).logits.sum().backward()
+    training = Training(0)
+    for _ in range(3):
+        torch.optim.SGD(other.parameters()).step()  # another model's
+        assert training.batch(steps=False) is None
+
+
+def test_nothing_is_known_where_gradients_wait_for_the_optimizer() -> None:
+    training = Training()
+    assert training.room.lacking() == 0
+    training.trains(steps=False)
+    assert training.room.lacking() is None
+    training.model.zero_grad()
+    assert training.room.lacking() == 0
+
+
+def test_nothing_is_known_of_an_optimizer_that_is_gone() -> None:
+    training = Training()
+    training.optimizer = torch.optim.Adam([p for p in training.model.parameters() if p.requires_grad])
+    gc.collect()
+    assert training.room.lacking() is None
+    assert training.batch() == 0
+
+
+def test_batches_that_nobody_trains_on_show_nothing() -> None:
+    training = Training(1)
+    for _ in range(3):
+        with torch.no_grad():
+            training.script.forward()
+        assert training.sampled() is None
+    assert training.batch() == 0
+
+
+def test_nothing_is_known_of_a_batch_that_is_larger_than_all_before_it() -> None:
+    """A reward model may take more for it, and no forward of the policy comes before that."""
+    training = Training()
+    for batch, known in (((35, 12), True), ((37, 12), False), ((36, 13), False), (None, False), ((36, 12), True)):
+        assert (training.sampled(batch) is not None) == known
+    training.sampled((72, 12))
+    assert training.batch(batch=(72, 12)) == 0
+    training.sampled(None)
+    assert training.batch(batch=(73, 12)) is None
+
+
+def test_nothing_is_known_where_the_script_makes_the_peak_start_anew() -> None:
+    training = Training()
+    for resets in (True, True, False, False):
+        training.trains()
+        training.model.zero_grad()
+        if resets:
+            training.device.peak = training.device.bytes()
+        known = training.sampled()
+        assert known is None or not resets
+    assert known == 0
+    assert training.room._trained_on == 2
+    training.device.stays = True
+    training.trains(4, 12)
+    training.device.peak = 0
+    training.sampled()
+    training.batch()
+    training.batch()
+    training.device.stays, training.device.given_back = True, 0
+    training.trains(4, 12)  # as if it had never been
+    assert training.device.given_back == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_larger_forward_releases_all(grad: bool) -> None:
+    training = Training()
+
+    def released(rows: int, length: int) -> bool:
+        training.device.stays, training.device.given_back = True, 0
+        with torch.set_grad_enabled(grad):
+            training.script.forward(rows, length)
+        return bool(training.device.given_back)
+
+    assert not released(3, 12)
+    assert not released(2, 12)
+    assert released(4, 12)
+    assert training.device.asked is None
+    assert released(4, 12) is not grad  # what computed no gradients does not show what those take
+    assert released(3, 13)
+    assert not released(3, 12)
+
+
+def test_a_forward_of_unknown_size_releases_all() -> None:
+    training = Training()
+    training.device.stays = True
+    embedded = training.model.get_input_embeddings()(torch.tensor([tiny.ids()]))
+    training.model(inputs_embeds=embedded)
+    assert training.device.stays
+    training.room._before(training.model, (), {})
+    assert not training.device.stays
+
+
+def test_a_copy_of_the_model_neither_shows_nor_releases_anything() -> None:
+    model, released = tiny.model(), []
+    known = Room(model, tiny.Roomy(), lambda: released.append(1))  # type: ignore[arg-type]
+    other = copy.deepcopy(model)
+    other(torch.tensor([tiny.ids(40)]))
+    assert (released, known._forwards) == ([], [])
+    model(torch.tensor([tiny.ids(40)]))
+    assert (released, known._forwards) == ([1], [(40, 40, 40)])
+
+
+def test_removed() -> None:
+    training = Training()
+    training.room.remove()
+    assert training.batch() is None
+    ends = weakref.ref(training.room)
+    del training.room
+    gc.collect()
+    assert ends() is None
+    training.optimizer.step()
+
+
+def test_what_was_sampled() -> None:
+    def output(prompt: int, *made: int) -> Any:
+        outputs = [SimpleNamespace(token_ids=[0] * n) for n in made]
+        return SimpleNamespace(prompt_token_ids=[0] * prompt, outputs=outputs)
+
+    assert batch_of([output(3, 5, 1), output(1, 2)]) == (24, 8)
+    assert batch_of([SimpleNamespace(prompt_token_ids=None, outputs=[SimpleNamespace(token_ids=[0])])]) == (1, 1)
+    assert batch_of([]) is None
+    assert batch_of([SimpleNamespace(sequences=[])]) is None  # a beam search's
+
+
+@pytest.mark.usefixtures("patched")
+def test_a_trainer_gives_the_memory_back_when_it_has_trained(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, args={"vllm_enable_sleep_mode": True, "max_steps": 4})
+    llm = trainer.vllm_generation.llm
+    assert llm.room is None  # on a CPU
+    room.watch(llm, trainer)
+    llm.room = Room(trainer.model, tiny.Roomy(), llm.give_back)  # type: ignore[arg-type]
+    there = []
+    trainer.reward_funcs = [lambda completions, **_: there.append(llm._standby.resident) or [0.0] * len(completions)]
+    trainer.train()
+    assert there == [False] * 4  # nobody would give it back
+    room.watch(llm, trainer)
+    trainer.train()
+    assert there[4:] == [True] * 4
+    assert not llm._standby.resident
+    trainer.evaluate(tiny.prompts())
+    assert there[-1]
+    assert not llm._standby.resident
+    llm.close("the test is over.")
+    trainer.callback_handler.call_event("on_evaluate", trainer.args, trainer.state, trainer.control)
