@@ -1,7 +1,9 @@
 """vLLM's `sleep` and `wake_up` for some pieces of its memory pool, not all.
 
 Requirement: vLLM on a GPU, all releases so far.
-Reason: its allocator releases and maps everything, some 4 ms a GiB, and a training step mostly lacks a part of it.
+Reason: its allocator releases and maps everything, some 4 ms a GiB, and a training step mostly lacks a part of it. And
+with the memory torch's own would go, which a training step then takes anew (some 2 ms a GiB), and Python's collector
+would run, 0.7 s for all that TRL and vLLM import.
 Link: vllm/device_allocator/cumem.py
 Until: vLLM can be told how much to release.
 """
@@ -9,10 +11,13 @@ Until: vLLM can be told how much to release.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import torch
+
+from .replaced import replaced
 
 
 class Pieces(Protocol):
@@ -52,3 +57,15 @@ class PoolPieces:
 
     def free(self) -> int | None:
         return torch.cuda.mem_get_info()[0]
+
+
+@contextlib.contextmanager
+def nothing_else() -> Iterator[None]:
+    """Nothing is collected (what there is, is frozen), and torch keeps the memory that it has at hand."""
+    with contextlib.ExitStack() as stack:
+        for module in (torch.cuda, getattr(torch, "accelerator", None)):
+            if hasattr(module, "empty_cache"):
+                stack.enter_context(replaced(module, "empty_cache", lambda: None))
+        stack.callback(gc.unfreeze)
+        gc.freeze()
+        yield

@@ -93,6 +93,11 @@ class Copies:
         self.give_back()
 
     @property
+    def passing(self) -> bool:
+        """Whether the memory is there for a batch, not for good, and not as standby has it."""
+        return self._scratch is not None
+
+    @property
     def resident(self) -> bool:
         """Whether the memory is there. With standby, whether the engine is awake counts too."""
         return self._scratch is None or self._scratch.resident

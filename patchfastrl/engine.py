@@ -65,7 +65,6 @@ from .errors import UnsupportedError
 from .llm import SharedLLM, live
 from .packed import quant_state
 from .recompute import Recompute
-from .room import Room
 from .sharing import base_of, base_parameters, dtype_of
 
 logger = logging.getLogger("patchfastrl")
@@ -358,9 +357,8 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     llm.room = llm.recompute = None
     if on_gpu and wanted.recompute != "always":
         device = memory.Device(next(model.parameters()).device, memory.idle())
-        give_back, least = functools.partial(_give_back, weakref.ref(llm)), wanted.recompute == "least"
-        llm.room = Room(model, device, give_back) if least else None  # its hooks first: it reads the peak
-        llm.recompute = Recompute(model, device, least, give_back)
+        give_back = functools.partial(_give_back, weakref.ref(llm))
+        llm.recompute = Recompute(model, device, wanted.recompute == "least", give_back)
 
 
 def _give_back(engine: weakref.ref[SharedLLM], nbytes: int | None = None) -> bool:

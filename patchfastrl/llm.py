@@ -142,7 +142,7 @@ class SharedLLM(LLM):
                     outputs = call(*args, lora_request=lora_request, **kwargs)
                     if self.recompute is not None:
                         self.recompute.sampled()
-                    if self.room is not None:
+                    if self.room is not None and self._trainers_batch:
                         self.room.sampled(batch_of(outputs))
                     return outputs
                 except BaseException:
@@ -317,7 +317,8 @@ class SharedLLM(LLM):
             return
         with self._timed("wake"), uninterrupted():
             if self._asleep is not None and not self.awake:
-                memory.make_room(self._asleep.released())
+                if released := self._asleep.released():
+                    memory.make_room(released)
                 self._asleep.need_room()
             if self.llm_engine.engine_core.is_sleeping():
                 self._wake()

@@ -84,7 +84,7 @@ class Recompute:
     Args:
         model: as the trainer calls it.
         least: the device may hold all that it has, not just what it held when a batch was last sampled.
-        give_back: releases so many bytes of what the engine still holds, as far as it does, and says whether it did.
+        give_back: releases so many bytes of what the engine still holds (or all), if it does, and says whether it did.
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
@@ -96,13 +96,13 @@ class Recompute:
         model: nn.Module,
         device: memory.Device,
         least: bool,
-        give_back: Callable[[int], bool] = lambda nbytes: False,
+        give_back: Callable[..., bool] = lambda nbytes=None: False,
     ) -> None:
         self.kept = 0
         self.limit: int | None = None
-        self._device = device
-        self._least = least
-        self._give_back = give_back
+        self.device = device
+        self.least = least
+        self.give_back = give_back
         self._config = base_of(model).config.get_text_config()
         self._layers = _stack(base_of(model))
         self._batches = 0
@@ -123,7 +123,7 @@ class Recompute:
 
     def sampled(self) -> None:
         """A batch was sampled; the engine still has its memory."""
-        self.limit = self._device.read().held
+        self.limit = self.device.read().held
         self._batches += 1
 
     # A forward ------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Recompute:
         self.kept = 0
         if self._open:
             return
-        now = self._device.read()
+        now = self.device.read()
         if self._first is None:
             self._first = self._batches
         larger = [s for s, m in self._measured.items() if covers(s, size) and list(m.layers) == layers]
@@ -164,12 +164,12 @@ class Recompute:
 
         def limit(now: memory.Reading) -> int:
             assert self.limit is not None
-            most, margin = (now.total, memory.SPARE) if self._least else (self.limit, _MARGIN)
+            most, margin = (now.total, memory.SPARE) if self.least else (self.limit, _MARGIN)
             return most - now.total // margin
 
         self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
-        if self.kept < len(layers) and self._give_back(now.held + found.rest + sum(sizes) - limit(now)):
-            now = self._device.read()
+        if self.kept < len(layers) and self.give_back(now.held + found.rest + sum(sizes) - limit(now)):
+            now = self.device.read()
             self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
         first = len(layers) - self.kept
         expected = sum(sizes[first:])
@@ -181,7 +181,7 @@ class Recompute:
                 self.kept,
                 len(layers),
                 memory.gib(expected),
-                "is free" if self._least else "the engine gave back",
+                "is free" if self.least else "the engine gave back",
                 first,
             )
         learn = partial(self._learn, found, now, expected)
@@ -193,14 +193,14 @@ class Recompute:
     def _learn(self, found: _Measured, before: memory.Reading, expected: int, gradient: torch.Tensor) -> None:
         """Backward is through with the layers that kept theirs: if it took more than expected, the rest is larger."""
         self._open.clear()
-        peak = self._device.read().peak
+        peak = self.device.read().peak
         if peak > before.peak:
             found.rest = max(found.rest, peak - before.allocated - expected)
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
     def _measure(self, layers: list[Any], size: Size, now: memory.Reading) -> None:
-        self._device.forget_peak()
+        self.device.forget_peak()
         made = _Measured(size, now.allocated, dict.fromkeys(layers, 0))
         self._open.add(made)
         for layer in layers:
@@ -212,11 +212,11 @@ class Recompute:
         def measured(*args: Any) -> Any:
             if self._stock:
                 return function(*args)  # this is the forward; later on it is backward that calls
-            before = self._device.read().allocated
+            before = self.device.read().allocated
             try:
                 return function(*args)
             finally:  # torch may end a recomputation early, by an exception
-                now = self._device.read()
+                now = self.device.read()
                 made.layers[layer] = max(made.layers[layer], now.allocated - before)
                 made.rest = now.peak - made.start
                 if all(made.layers.values()):

@@ -256,10 +256,11 @@ def samples_elsewhere(trainer: Any) -> None:
 
 def build_engine(llm_class: Any, owner: Any, **kwargs: Any) -> SharedLLM:
     """In place of `LLM(...)`: the engine round `owner.model`, or the one that the model brought along."""
-    try:
-        return _engine_for(llm_class, owner, kwargs)
-    finally:
-        _restore_environment()
+    llm, trainer = _engine_for(llm_class, owner, kwargs)
+    from . import room
+
+    room.watch(llm, trainer)
+    return llm
 
 
 def build_beside(trainer: Any, args: Any, model: nn.Module) -> None:
@@ -273,7 +274,7 @@ def build_beside(trainer: Any, args: Any, model: nn.Module) -> None:
 
     kwargs = generation.engine_settings(trainer, args, model, settings(), bool(standby_requested()))
     owner = types.SimpleNamespace(model=model, processing_class=trainer.processing_class, trainer=trainer)
-    trainer.llm = build_engine(LLM, owner, **kwargs)
+    trainer.llm, _ = _engine_for(LLM, owner, kwargs)
     generation.engines.add(trainer.llm)
     if kwargs["enable_sleep_mode"]:
         trainer.llm.sleep()
@@ -292,13 +293,21 @@ def build_early_engine(
     """The same, in a trainer that is not one yet: Online DPO before TRL 0.23."""
     model.to(args.device)  # as the trainer would do later on
     owner = types.SimpleNamespace(model=model, processing_class=processing_class, trainer=trainer)
-    return build_engine(llm_class, owner, **kwargs)
+    return _engine_for(llm_class, owner, kwargs)[0]
 
 
-def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM:
+def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> tuple[SharedLLM, Any]:
+    """The engine, and the trainer that it is for."""
+    try:
+        return _found_or_built(llm_class, owner, kwargs)
+    finally:
+        _restore_environment()
+
+
+def _found_or_built(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> tuple[SharedLLM, Any]:
     from vllm import LLM
 
-    from . import engine, room
+    from . import engine
 
     if llm_class is not LLM:
         raise UnsupportedError(f"TRL's `LLM` is {llm_class!r}, not vLLM's class: another library has replaced it.")
@@ -319,9 +328,7 @@ def _engine_for(llm_class: Any, owner: Any, kwargs: dict[str, Any]) -> SharedLLM
         os.environ["MASTER_PORT"] = "0"
     ready = engine.brought_along(owner.model, kwargs)
     args = getattr(trainer, "args", None)
-    llm = ready or engine.build(owner.model, owner.processing_class, args=args, **kwargs)
-    room.watch(llm, trainer)
-    return llm
+    return ready or engine.build(owner.model, owner.processing_class, args=args, **kwargs), trainer
 
 
 def _builds_for(owner: Any, trainer: Any) -> bool:

@@ -35,8 +35,7 @@ def of(llm: SharedLLM, sleep_mode: bool) -> str:
         lines.append(f"  adapter   slot of rank {rank}{', released by standby' if sleep_mode else ''}")
     else:
         lines.append("  adapter   none: the weights themselves are trained, the optimizer's update is the engine's")
-    on = f"on: the KV cache is released while training{', as far as that lacks memory' if llm.room is not None else ''}"
-    lines.append(f"  standby   {on if sleep_mode else 'off'}")
+    lines.append(f"  standby   {'on: the KV cache is released while training' if sleep_mode else 'off'}")
     return "\n".join(lines)
 
 

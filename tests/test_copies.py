@@ -340,7 +340,9 @@ def test_without_standby_the_copy_stays_where_training_fits_beside_it() -> None:
     trainers_batch()
     assert not llm.copies.resident
     llm.room = Room(model, tiny.Roomy(), llm.give_back)
-    llm.room.ends, llm.room._trained_on, llm.room._batches = True, 2, [(1000, 1000)]
+    model.train()
+    llm.room._trained_on, llm.room._batches = 2, [(1000, 1000)]
+    llm.room._complete = True
     optimizer = torch.optim.SGD(model.parameters())
     llm.room._optimizer = weakref.ref(optimizer)
     llm.room._forwards = [(10**6, 10**6, 10**6)]  # forwards here compare

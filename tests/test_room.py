@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import weakref
@@ -14,8 +15,9 @@ import pytest
 import tiny
 import torch
 from test_recompute import Engine, Script
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
-from patchfastrl import memory, room
+from patchfastrl import engine, memory, room
 from patchfastrl.recompute import Recompute
 from patchfastrl.room import Room, batch_of
 
@@ -51,9 +53,8 @@ class Training:
         self.script.recompute.remove()
         self.script.tensors = self.device
         self.model = self.script.model
-        self.room = Room(self.model, self.device, self.device.give_back)
-        self.room.ends = True
         self.script.recompute = Recompute(self.model, self.device, True, self.device.give_back)
+        self.room = Room(self.model, self.device, self.device.give_back)
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad])
         self.sampled()
         for _ in range(steps):
@@ -68,7 +69,8 @@ class Training:
         for _ in range(2):
             self.script.step(*(size or SIZE))
         if steps:
-            self.optimizer.step()
+            with self.device:
+                self.optimizer.step()
 
     def batch(self, *size: int, batch: Any = BATCH, steps: bool = True) -> int | None:
         """Trained on, and the next one of this size sampled."""
@@ -140,12 +142,38 @@ def test_batches_that_nobody_trains_on_show_nothing() -> None:
 def test_nothing_is_known_of_a_batch_that_is_larger_than_all_before_it() -> None:
     """A reward model may take more for it, and no forward of the policy comes before that."""
     training = Training()
-    for batch, known in (((35, 12), True), ((37, 12), False), ((36, 13), False), (None, False), ((36, 12), True)):
-        assert (training.sampled(batch) is not None) == known
-    training.sampled((72, 12))
-    assert training.batch(batch=(72, 12)) == 0
-    training.sampled(None)
-    assert training.batch(batch=(73, 12)) is None
+    for batch, known in (
+        ((35, 12), True),
+        ((37, 12), False),
+        ((37, 12), True),
+        ((36, 13), False),
+        ((37, 13), False),
+        (None, False),
+        ((38, 12), False),
+        (BATCH, True),
+    ):
+        assert (training.batch(batch=batch) is not None) == known
+
+
+def test_a_batch_may_be_sampled_in_parts() -> None:
+    """The turns of a conversation, or a prompt at a time."""
+    training = Training()
+    assert training.batch(batch=(20, 12)) == 0
+    assert training.sampled((16, 5)) == 0
+    assert training.sampled((1, 1)) is None
+    training.trains()  # on (37, 12)
+    assert training.sampled((37, 12)) == 0
+    assert training.batch(batch=None) is None
+    assert training.sampled((1, 1)) is None
+
+
+def test_nothing_is_known_of_an_evaluation() -> None:
+    training = Training()
+    training.model.eval()
+    for _ in range(2):
+        assert training.sampled() is None
+    training.model.train()
+    assert training.sampled() == 0  # not a part of the evaluation's
 
 
 def test_nothing_is_known_where_the_script_makes_the_peak_start_anew() -> None:
@@ -199,6 +227,16 @@ def test_a_forward_of_unknown_size_releases_all() -> None:
     assert not training.device.stays
 
 
+@pytest.mark.parametrize("model", [lambda model: model, lambda model: model.get_base_model()])
+def test_generating_with_transformers_releases_all(model: Any) -> None:
+    """Its cache grows with each token, while each forward is small."""
+    training = Training()
+    training.device.stays = True
+    with torch.no_grad():
+        model(training.model).generate(torch.tensor([tiny.ids(3)]), max_new_tokens=2, do_sample=False)
+    assert not training.device.stays
+
+
 def test_a_copy_of_the_model_neither_shows_nor_releases_anything() -> None:
     model, released = tiny.model(), []
     known = Room(model, tiny.Roomy(), lambda: released.append(1))  # type: ignore[arg-type]
@@ -209,15 +247,20 @@ def test_a_copy_of_the_model_neither_shows_nor_releases_anything() -> None:
     assert (released, known._forwards) == ([1], [(40, 40, 40)])
 
 
-def test_removed() -> None:
-    training = Training()
-    training.room.remove()
-    assert training.batch() is None
-    ends = weakref.ref(training.room)
-    del training.room
+@pytest.mark.parametrize("collected", [False, True])
+def test_removed(collected: bool) -> None:
     gc.collect()
-    assert ends() is None
-    training.optimizer.step()
+    before = len(hooks)
+    training = Training()
+    assert len(hooks) == before + 1
+    training.room.remove()
+    if collected:
+        training = Training()
+        training.model = training.script = training.room = None  # type: ignore[assignment]
+        gc.collect()
+    else:
+        assert training.batch() is None
+    assert len(hooks) == before
 
 
 def test_what_was_sampled() -> None:
@@ -231,23 +274,44 @@ def test_what_was_sampled() -> None:
     assert batch_of([SimpleNamespace(sequences=[])]) is None  # a beam search's
 
 
+def as_on_a_gpu(llm: Any, trainer: Any, least: bool = True) -> Any:
+    give_back = functools.partial(engine._give_back, weakref.ref(llm))
+    llm.recompute = Recompute(trainer.model, tiny.Roomy(), least, give_back)  # type: ignore[arg-type]
+    room.watch(llm, trainer)
+    return llm.room
+
+
 @pytest.mark.usefixtures("patched")
 def test_a_trainer_gives_the_memory_back_when_it_has_trained(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, args={"vllm_enable_sleep_mode": True, "max_steps": 4})
     llm = trainer.vllm_generation.llm
-    assert llm.room is None  # on a CPU
-    room.watch(llm, trainer)
-    llm.room = Room(trainer.model, tiny.Roomy(), llm.give_back)  # type: ignore[arg-type]
-    there = []
-    trainer.reward_funcs = [lambda completions, **_: there.append(llm._standby.resident) or [0.0] * len(completions)]
+    there: list[bool] = []
+
+    def reward(completions: list[Any], **kwargs: Any) -> list[float]:
+        there.append(llm._standby.resident)
+        return tiny.length_reward(completions)
+
+    trainer.reward_funcs = [reward]
+    assert as_on_a_gpu(llm, trainer) is not None
     trainer.train()
-    assert there == [False] * 4  # nobody would give it back
-    room.watch(llm, trainer)
-    trainer.train()
-    assert there[4:] == [True] * 4
+    assert there == [False, False, True, True]
     assert not llm._standby.resident
     trainer.evaluate(tiny.prompts())
-    assert there[-1]
-    assert not llm._standby.resident
+    assert not any(there[4:])
     llm.close("the test is over.")
     trainer.callback_handler.call_event("on_evaluate", trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.usefixtures("patched")
+def test_who_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "watch", lambda *both: watched.append(both))
+        trainer = tiny.trainer(tmp_path, args={"vllm_enable_sleep_mode": True})
+    llm = trainer.vllm_generation.llm
+    assert watched == [(llm, trainer)]
+    assert as_on_a_gpu(llm, trainer, least=False) is None
+    assert as_on_a_gpu(llm, SimpleNamespace(model=trainer.model)) is None  # no trainer yet
+    monkeypatch.setattr(llm._asleep, "able", False)
+    assert as_on_a_gpu(llm, trainer) is None  # there is nothing to release
+    llm.close("the test is over.")

@@ -814,7 +814,6 @@ def train_beside(folder: Path, total: int | None, adapted: bool, lengths: tuple[
     if total is not None:
         give_back = functools.partial(engine._give_back, weakref.ref(llm))
         llm.room = Room(trainer.model, tiny.Roomy(total), give_back)  # type: ignore[arg-type]
-        llm.room.ends = True  # what it would give back then is looked at here
     trainer.train()
     assert not llm.awake
     return trainer, there, [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
