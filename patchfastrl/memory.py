@@ -53,7 +53,7 @@ class Reading:
         held: what is in use, by whomever, without what torch keeps at hand for its next allocations.
         cached: what torch keeps.
         allocated: by torch.
-        peak: the largest `allocated` so far.
+        peak: the largest `allocated` since it was last made to start anew.
     """
 
     total: int
