@@ -106,8 +106,7 @@ def return_cached() -> None:
 def idle() -> int:
     """Bytes of a GPU that torch keeps and cannot give back, such as what the graphs of an engine leave of theirs."""
     return_cached()
-    stats = torch.cuda.memory_stats()
-    return stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
+    return Device(torch.device("cuda", torch.cuda.current_device())).read().cached
 
 
 def make_room(nbytes: int) -> None:

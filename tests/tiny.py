@@ -230,7 +230,7 @@ def cached_tokens(llm: Any, prompt: list[int], **kwargs: Any) -> int:
 
 
 class Roomy:
-    """A device that has room for training beside the engine, or (`total=100`) has none."""
+    """A device that has room for training beside the engine, or (`total=100`) lacks 10 bytes of it."""
 
     resets = 0
 
