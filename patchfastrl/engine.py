@@ -56,6 +56,7 @@ from .compat import (
     own_memory,
     pool_pieces,
     process_groups,
+    sampled_log_probs,
     sampler_warmup,
     worker_asleep,
 )
@@ -259,6 +260,7 @@ def build(
             else:
                 stack.enter_context(cuda_weight_pool.weights_outside())
                 stack.enter_context(cuda_free_blocks.split())
+                stack.enter_context(sampled_log_probs.in_one_pass())
             stack.enter_context(expert_slots.left_out())
             llm = SharedLLM(
                 model=str(folder.path),

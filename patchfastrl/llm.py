@@ -17,7 +17,7 @@ from vllm import LLM
 from vllm.lora.request import LoRARequest
 
 from . import adapters, guards, memory, sharing
-from .compat import cpu_standby, cuda_weight_pool, prefix_cache, request_ids, worker_asleep
+from .compat import cpu_standby, cuda_weight_pool, prefix_cache, request_ids, sampled_log_probs, worker_asleep
 from .copies import Copies
 from .errors import PatchFastRLError, StandbyError, UnsupportedError
 from .interrupts import between_steps, uninterrupted
@@ -133,7 +133,8 @@ class SharedLLM(LLM):
         args, kwargs = with_seeds(args, kwargs)
         try:
             in_memory = contextlib.nullcontext() if self.copies is None else self.copies.in_memory(self._lacking)
-            with self._timed("generate"), in_memory, between_steps(self.llm_engine) as failed:
+            one_pass = sampled_log_probs.in_one_pass()
+            with self._timed("generate"), in_memory, one_pass, between_steps(self.llm_engine) as failed:
                 if self._prefixes_of != self._weights:
                     self.drop_prefixes()  # while a GPU merges
                     self._prefixes_of = self._weights
