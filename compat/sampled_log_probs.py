@@ -33,7 +33,7 @@ def _replaced() -> contextlib.AbstractContextManager[Any]:
     try:
         module = importlib.import_module("vllm.v1.worker.gpu.sample.sampler")
         usual: Any = vars(module)[_NAME]
-    except (ImportError, KeyError):  # a release without it
+    except (ModuleNotFoundError, KeyError):  # a release without it
         return contextlib.nullcontext()
     from vllm.v1.outputs import LogprobsTensors
 
