@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,11 +21,9 @@ from .replaced import replaced
 _NAME = "compute_topk_scores"
 
 
-@contextlib.contextmanager
-def in_one_pass() -> Iterator[None]:
+def in_one_pass() -> contextlib.AbstractContextManager[Any]:
     """While an engine is built, which compiles the kernel, and while it samples. What else is asked for is vLLM's."""
-    with _replaced() if current_platform.is_cuda() else contextlib.nullcontext():
-        yield
+    return _replaced() if current_platform.is_cuda() else contextlib.nullcontext()
 
 
 def _replaced() -> contextlib.AbstractContextManager[Any]:
@@ -41,7 +38,7 @@ def _replaced() -> contextlib.AbstractContextManager[Any]:
         more = num_logprobs or kwargs.get("max_per_req_token_ids") or kwargs.get("logits_mode")
         if more or any(a is not None for a in args) or logits.stride(-1) != 1:
             return usual(logits, num_logprobs, sampled, *args, **kwargs)
-        from patchfastrl._sampled_kernel import log_probs_and_ranks
+        from patchfastrl._sampled_log_probs_kernel import log_probs_and_ranks
 
         log_probs, ranks = log_probs_and_ranks(logits, sampled)
         return LogprobsTensors(sampled.unsqueeze(-1), log_probs.unsqueeze(-1), ranks)

@@ -19,7 +19,7 @@ ON_GPU = torch.cuda.is_available()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [5, 40_000, 128_256])
 def test_the_kernel(dtype: torch.dtype, vocabulary: int) -> None:
-    from patchfastrl._sampled_kernel import log_probs_and_ranks
+    from patchfastrl._sampled_log_probs_kernel import log_probs_and_ranks
 
     made = torch.Generator().manual_seed(0)
     logits = (torch.randn(6, vocabulary + 3, generator=made) * 4).to(dtype)[:, :vocabulary]  # rows lie apart

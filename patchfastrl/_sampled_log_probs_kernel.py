@@ -1,4 +1,8 @@
-"""Log-probability and rank of the tokens that were drawn, on a GPU. A module of its own: not everyone has Triton."""
+"""The kernel of `compat.sampled_log_probs`: log-probability and rank of one drawn token a row, for few rows.
+
+`_log_probs_kernel` is training's, for thousands of tokens, with entropies and no ranks. A module of its own: Triton is
+there with PyTorch's CUDA builds only.
+"""
 
 from __future__ import annotations
 
