@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import logging
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -246,6 +247,7 @@ class Gpu:
 
         answer("mem_get_info", lambda: (30, 100))
         answer("memory_stats", lambda: self.stats)
+        monkeypatch.setattr(memory, "_free_segments", list)
         answer("get_per_process_memory_fraction", lambda: self.fraction)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -295,6 +297,45 @@ def test_what_torch_keeps_is_given_back_where_the_engine_needs_it(
     gpu = Gpu(monkeypatch)
     memory.make_room(nbytes)
     assert gpu.given_back == given_back
+
+
+@given(st.lists(st.integers(1, 50)), st.integers(1, 200), st.integers(0, 200))
+def test_no_more_is_given_back_than_has_to_be(free: list[int], nbytes: int, hidden: int) -> None:
+    """Of free segments those that stay leave enough to give back, and are not larger than torch's peak hides."""
+    stay = memory.to_stay(iter(free), nbytes, hidden)
+    rest = sorted((Counter(free) - Counter(stay)).elements())
+    assert Counter(stay) <= Counter(free)
+    assert sum(stay) <= hidden
+    assert not rest or not stay or max(stay) <= rest[0]
+    if stay:
+        assert sum(rest) >= nbytes
+    if rest:  # no other one could have stayed
+        assert sum(rest) - rest[0] < nbytes or sum(stay) + rest[0] > hidden
+
+
+@pytest.mark.skipif(not tiny.GPU, reason="needs a GPU")
+def test_torch_gives_a_part_of_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole segments that are free, not all of them, and its peak stays as it was."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    allocated = torch.cuda.memory_allocated()
+    tensors = [torch.empty(n << 20, dtype=torch.uint8, device="cuda") for n in (300, 300, 100, 100, 64)]
+    split = torch.empty(200 << 20, dtype=torch.uint8, device="cuda")
+    del tensors
+    peak, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
+    part = torch.empty(50 << 20, dtype=torch.uint8, device="cuda")  # of a segment, which cannot go
+    memory.return_some(350 << 20, peak - torch.cuda.memory_allocated())
+    given_back = torch.cuda.mem_get_info()[0] - free
+    assert 350 << 20 <= given_back < 864 << 20
+    assert torch.cuda.max_memory_allocated() == peak
+    again = [torch.empty(100 << 20, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    assert torch.cuda.mem_get_info()[0] == free + given_back  # torch had kept them
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    del again, split, part
+    memory.return_some(1, peak)
+    assert torch.cuda.memory_reserved() - allocated < 4 << 20
 
 
 class Pool:
