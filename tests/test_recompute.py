@@ -705,19 +705,32 @@ class Engine(Tensors):
         now = super().read()
         return dataclasses.replace(now, held=now.held + 3_000_000 * self.stays)
 
+    def released(self) -> int:
+        return 3_000_000 * (not self.stays)
+
     def give_back(self, nbytes: int | None = None) -> bool:
         had, self.stays, self.asked = self.stays, False, nbytes
         self.given_back += had
         return had
 
 
-def test_it_is_given_back_where_layers_then_keep_more() -> None:
+def with_an_engine() -> tuple[Engine, Script, int]:
+    """After a batch that was measured, and what a micro-step takes with all layers keeping their activations."""
     device, script = Engine(), Script()
     script.recompute.remove()
-    script.tensors, script.recompute = device, Recompute(script.model, device, True, device.give_back)
+    script.tensors = device
+    script.recompute = Recompute(script.model, device, True, device.give_back, device.released)
     script.measured()
     (found,) = script.recompute._measured.values()
-    needed = device.bytes() + found.rest + sum(found.layers.values())
+    return device, script, device.bytes() + found.rest + sum(found.layers.values())
+
+
+def test_it_is_given_back_where_layers_then_keep_more() -> None:
+    """In batches of two micro-batches."""
+    device, script, needed = with_an_engine()
+    script.step()
+    script.step()
+    script.sleep()
     for total, given_back, kept in (
         (needed + 3_000_000, 0, LAYERS),
         (needed + 2_990_000, 1, LAYERS),
@@ -731,6 +744,33 @@ def test_it_is_given_back_where_layers_then_keep_more() -> None:
         if given_back:
             assert device.asked is not None
             assert abs(device.asked - (needed + 3_000_000 - total)) < 10_000
+        script.step()
+        script.sleep()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_it_stays_where_a_batch_is_one_micro_batch(stays: bool) -> None:
+    """And what it released it has again."""
+    device, script, needed = with_an_engine()
+    for total, kept in ((needed + 3_000_000, LAYERS), (needed + 2_990_000, LAYERS - 1), (needed, 0), (needed // 2, 0)):
+        device.total = total * 10 // 9 + 2000
+        device.stays, device.given_back = stays, 0
+        script.step()
+        assert (device.given_back, script.recompute.kept) == (0, kept)
+        script.sleep()
+        script.recompute.sampled()  # another part of the next batch
+
+
+def test_whether_a_batch_is_one_micro_batch_is_what_the_one_before_was() -> None:
+    device, script, needed = with_an_engine()
+    device.total = needed * 10 // 9 + 2000
+    for micro_batches, kept in ((2, [0, 0]), (2, [LAYERS] * 2), (1, [LAYERS]), (1, [0]), (2, [0, 0])):
+        found = []
+        for _ in range(micro_batches):
+            device.stays = False
+            script.step()
+            found.append(script.recompute.kept)
+        assert found == kept
         script.sleep()
 
 
