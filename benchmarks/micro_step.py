@@ -1,6 +1,6 @@
 """One training micro-step of GRPO by itself: TRL's loss and its gradients, stock and patched, without an engine.
 
-    python benchmarks/micro_step.py --model 8b --tokens 2048                 # LoRA, 8 rows of 64 + 2,048 tokens
+    python benchmarks/micro_step.py --model 8b --tokens 2048 --rows 4        # LoRA, 4 rows of 64 + 2,048 tokens
     python benchmarks/micro_step.py --model 8b --method full --tokens 512 --profile
     python benchmarks/micro_step.py --model tiny --tokens 32                 # on a CPU, in seconds
 
@@ -9,7 +9,7 @@ to all of their length and completions of a quarter to all of theirs, as most sc
 leaves padding out of attention, not out of the matrix products.) Without gradient checkpointing. Both sides have the
 same weights, adapters and tokens, so their log-probabilities are compared, too: they differ by rounding. The model has
 random weights of a real shape, and each side is a process of its own (TRL 0.20 or newer). A median is of the steps
-after the first; how long that took is in the JSON.
+after the first; how long that took is in the JSON. A cell that does not fit into the GPU has no time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def measure(side: str, options: Any) -> list[dict[str, Any]]:
         for tokens in options.tokens or [512]:
             for padded in (False, True):
                 inputs = make_inputs(options.rows, tokens, padded, trainer.accelerator.device)
-                found = one_cell(trainer, model, inputs, options, on_gpu)
+                try:
+                    found = one_cell(trainer, model, inputs, options, on_gpu)
+                except torch.OutOfMemoryError:  # 8 rows of 2,048 take stock more than the 140 GiB of an H200, at 8B
+                    found = {"micro": None}
                 results.append({"side": side, "tokens": tokens, "padded": padded, **found, **versions()})
     return results
 
@@ -173,12 +176,15 @@ def print_table(results: list[dict[str, Any]]) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     half = len(results) // 2
     for stock, patched in zip(results[:half], results[half:], strict=True):
-        differ = statistics.fmean(abs(a - b) for a, b in zip(stock["logps"], patched["logps"], strict=True))
-        peaks = " | ".join(f"{r['peak']:.1f}" if r["peak"] else "" for r in (stock, patched))
-        print(
-            f"| {stock['tokens']}{', padded' if stock['padded'] else ''} | {stock['micro'] * 1e3:.4g} "
-            f"| {patched['micro'] * 1e3:.4g} | {stock['micro'] / patched['micro']:.2f} | {peaks} | {differ:.2g} |"
-        )
+        both = (stock, patched)
+        ratio = differ = ""
+        if all(r["micro"] for r in both):
+            ratio = f"{stock['micro'] / patched['micro']:.2f}"
+            pairs = zip(stock["logps"], patched["logps"], strict=True)
+            differ = f"{statistics.fmean(abs(a - b) for a, b in pairs):.2g}"
+        times = " | ".join(f"{r['micro'] * 1e3:.4g}" if r["micro"] else "out of memory" for r in both)
+        peaks = " | ".join(f"{r['peak']:.1f}" if r.get("peak") else "" for r in both)
+        print(f"| {stock['tokens']}{', padded' if stock['padded'] else ''} | {times} | {ratio} | {peaks} | {differ} |")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Copies:
     @property
     def released(self) -> int:
         """Bytes of memory that is not there, past standby's."""
-        return 0 if self.resident else sum(tensor.untyped_storage().nbytes() for tensor in self.storages())
+        return 0 if self.resident else sum(tensor.nbytes for tensor in self.storages())
 
     @contextlib.contextmanager
     def in_memory(self, lacking: Callable[[], int | None]) -> Iterator[None]:

@@ -309,7 +309,7 @@ class SharedLLM(LLM):
             return asleep or (self.copies is not None and self.copies.give_back())
 
     def released(self) -> int:
-        """Bytes that the next batch takes from the device: what sleeps, and without standby the engine's own weights."""
+        """Bytes that the next batch takes from the device: what sleeps; without standby, the engine's own weights."""
         asleep = 0 if self._asleep is None else self._asleep.released()
         return asleep + (0 if self.copies is None else self.copies.released)
 

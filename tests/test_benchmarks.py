@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -214,3 +218,20 @@ def test_a_micro_step_by_itself(tmp_path: Path) -> None:
         assert (len(stock["logps"]) < 4 * stock["tokens"]) == stock["padded"]
         assert max(abs(a - b) for a, b in zip(stock["logps"], patched["logps"], strict=True)) < 1e-4
     assert "| 32, padded |" in said
+
+
+def test_a_micro_step_that_does_not_fit_on_one_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import micro_step
+
+    def runs_out(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("as a GPU says it")
+
+    monkeypatch.setattr(micro_step, "one_cell", runs_out)
+    options = argparse.Namespace(model="tiny", method="lora", tokens=[16], rows=4, rank=4)
+    stock = micro_step.measure("stock", options)
+    assert [r["micro"] for r in stock] == [None, None]
+    micro_step.print_table(stock + [{**r, "side": "patched", "micro": 0.5, "peak": 1.0} for r in stock])
+    assert "| 16, padded | out of memory | 500 |  |  | 1.0 |  |" in capsys.readouterr().out

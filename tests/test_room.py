@@ -295,7 +295,8 @@ def test_a_trainer_gives_the_memory_back_when_it_has_trained(tmp_path: Path) -> 
     trainer.reward_funcs = [reward]
     assert as_on_a_gpu(llm, trainer) is not None
     released = llm.recompute._released
-    assert released() == 0
+    with llm.awakened():
+        assert released() == 0
     trainer.train()
     assert there == [False, False, True, True]
     assert not llm._standby.resident
