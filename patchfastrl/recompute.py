@@ -7,8 +7,8 @@ plainly; the others are recomputed, as transformers does with all of them. The n
 
 With "least", where an engine that sleeps still holds memory (`room.py`), and without it more layers could keep theirs,
 that is given back first, if a batch is trained in several micro-batches. In one, layers keep theirs in what is free
-beside the engine: memory that the other had costs 6 to 8 ms a GiB to release and to take again, once a batch, and to
-compute what fills a GiB 3 to 4 ms, for each micro-batch (8B, 2,048 tokens, an H200).
+beside the engine: memory that the other had costs 6 to 7 ms a GiB to release and to take again, once a batch, and to
+compute what fills a GiB 3 to 5 ms, for each micro-batch (8B, 2,048 tokens, an H200).
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
