@@ -102,11 +102,6 @@ class Copies:
         """Whether the memory is there. With standby, whether the engine is awake counts too."""
         return self._scratch is None or self._scratch.resident
 
-    @property
-    def released(self) -> int:
-        """Bytes of memory that is not there, past standby's."""
-        return 0 if self.resident else sum(tensor.nbytes for tensor in self.storages())
-
     @contextlib.contextmanager
     def in_memory(self, lacking: Callable[[], int | None]) -> Iterator[None]:
         """Inside the block the memory is there, with what was published; afterwards, too, if nothing is `lacking`."""

@@ -360,18 +360,12 @@ def _prepare_training(llm: SharedLLM, model: nn.Module) -> None:
     if on_gpu and wanted.recompute != "always":
         device = memory.Device(next(model.parameters()).device, memory.idle())
         give_back = functools.partial(_give_back, weakref.ref(llm))
-        released = functools.partial(_released, weakref.ref(llm))
-        llm.recompute = Recompute(model, device, wanted.recompute == "least", give_back, released)
+        llm.recompute = Recompute(model, device, wanted.recompute == "least", give_back)
 
 
 def _give_back(engine: weakref.ref[SharedLLM], nbytes: int | None = None) -> bool:
     """`SharedLLM.give_back`, for a model, which keeps no engine alive."""
     return (llm := engine()) is not None and not llm._closed and llm.give_back(nbytes)
-
-
-def _released(engine: weakref.ref[SharedLLM]) -> int:
-    """`SharedLLM.released`, likewise."""
-    return llm.released() if (llm := engine()) is not None and not llm._closed else 0
 
 
 @contextlib.contextmanager

@@ -308,11 +308,6 @@ class SharedLLM(LLM):
             asleep = self._asleep is not None and self._asleep.give_back(nbytes)
             return asleep or (self.copies is not None and self.copies.give_back())
 
-    def released(self) -> int:
-        """Bytes that the next batch takes from the device: what sleeps; without standby, the engine's own weights."""
-        asleep = 0 if self._asleep is None else self._asleep.released()
-        return asleep + (0 if self.copies is None else self.copies.released)
-
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Restore the KV cache. Waking only "weights" has nothing to do: they never left.
 

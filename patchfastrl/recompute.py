@@ -6,9 +6,7 @@ plainly; the others are recomputed, as transformers does with all of them. The n
 "needed" the device holds no more than when a batch was last sampled; with "least" it may hold all but a margin.)
 
 With "least", where an engine that sleeps still holds memory (`room.py`), and without it more layers could keep theirs,
-that is given back first, if a batch is trained in several micro-batches. In one, layers keep theirs in what is free
-beside the engine: memory that the other had costs 6 to 7 ms a GiB to release and to take again, once a batch, and to
-compute what fills a GiB 3 to 5 ms, for each micro-batch (8B, 2,048 tokens, an H200).
+that is given back first.
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
 recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
@@ -87,7 +85,6 @@ class Recompute:
         model: as the trainer calls it.
         least: the device may hold all that it has, not just what it held when a batch was last sampled.
         give_back: releases so many bytes of what the engine still holds (or all), if it does, and says whether it did.
-        released: bytes that the engine released, and takes again before it samples.
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
@@ -100,20 +97,16 @@ class Recompute:
         device: memory.Device,
         least: bool,
         give_back: Callable[..., bool] = lambda nbytes=None: False,
-        released: Callable[[], int] = lambda: 0,
     ) -> None:
         self.kept = 0
         self.limit: int | None = None
         self.device = device
         self.least = least
         self.give_back = give_back
-        self._released = released
         self._config = base_of(model).config.get_text_config()
         self._layers = _stack(base_of(model))
         self._batches = 0
         self._first: int | None = None  # which batch the first training forward came after
-        self._forwards = 0  # in training, since a batch was last sampled
-        self._once = False  # the batch before was trained in one
         self._measured: dict[Size, _Measured] = {}
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # what a forward left for its backward, still to come
         self._stock: list[tuple[nn.Module, Any]] = []  # while in a forward: what is put back after it
@@ -132,8 +125,6 @@ class Recompute:
         """A batch was sampled; the engine still has its memory."""
         self.limit = self.device.read().held
         self._batches += 1
-        if self._forwards:  # else this is another part of the same batch
-            self._once, self._forwards = self._forwards == 1, 0
 
     # A forward ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +136,6 @@ class Recompute:
         if self.limit is None or size is None or asked or not training:
             return
         self.kept = 0
-        self._forwards += 1
         if self._open:
             return
         now = self.device.read()
@@ -174,13 +164,11 @@ class Recompute:
 
         def limit(now: memory.Reading) -> int:
             assert self.limit is not None
-            if not self.least:
-                return self.limit - now.total // _MARGIN
-            return now.total - now.total // memory.SPARE - (self._released() if self._once else 0)
+            most, margin = (now.total, memory.SPARE) if self.least else (self.limit, _MARGIN)
+            return most - now.total // margin
 
         self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
-        lacking = now.held + found.rest + sum(sizes) - limit(now)
-        if self.kept < len(layers) and not self._once and self.give_back(lacking):
+        if self.kept < len(layers) and self.give_back(now.held + found.rest + sum(sizes) - limit(now)):
             now = self.device.read()
             self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
         first = len(layers) - self.kept

@@ -425,9 +425,7 @@ def test_the_first_lines_say_when_the_copy_is_there() -> None:
     llm = merged(tiny.adapted(tiny.model("qwen2")))
     assert "to be merged into, released while nothing is sampled" in start_block.of(llm, sleep_mode=False)
     assert "to be merged into, released by standby" in start_block.of(llm, sleep_mode=True)
-    assert llm.released() == sum(home.nbytes for home in llm.copies.storages()) > 1000
     llm.copies._scratch.take()
-    assert llm.released() == 0
     llm.copies.live_in(None)  # as with expandable segments on a GPU
     assert "to be merged into, there for good" in start_block.of(llm, sleep_mode=False)
 

@@ -276,8 +276,7 @@ def test_what_was_sampled() -> None:
 
 def as_on_a_gpu(llm: Any, trainer: Any, least: bool = True) -> Any:
     give_back = functools.partial(engine._give_back, weakref.ref(llm))
-    released = functools.partial(engine._released, weakref.ref(llm))
-    llm.recompute = Recompute(trainer.model, tiny.Roomy(), least, give_back, released)  # type: ignore[arg-type]
+    llm.recompute = Recompute(trainer.model, tiny.Roomy(), least, give_back)  # type: ignore[arg-type]
     room.watch(llm, trainer)
     return llm.room
 
@@ -294,17 +293,12 @@ def test_a_trainer_gives_the_memory_back_when_it_has_trained(tmp_path: Path) -> 
 
     trainer.reward_funcs = [reward]
     assert as_on_a_gpu(llm, trainer) is not None
-    released = llm.recompute._released
-    with llm.awakened():
-        assert released() == 0
     trainer.train()
     assert there == [False, False, True, True]
     assert not llm._standby.resident
-    assert released() == llm._asleep.released() > 1000
     trainer.evaluate(tiny.prompts())
     assert not any(there[4:])
     llm.close("the test is over.")
-    assert released() == 0
     trainer.callback_handler.call_event("on_evaluate", trainer.args, trainer.state, trainer.control)
 
 
