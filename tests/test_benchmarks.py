@@ -221,7 +221,7 @@ def test_a_micro_step_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_micro_step_that_does_not_fit_on_one_side(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     import micro_step
@@ -234,4 +234,4 @@ def test_a_micro_step_that_does_not_fit_on_one_side(
     stock = micro_step.measure("stock", options)
     assert [r["micro"] for r in stock] == [None, None]
     micro_step.print_table(stock + [{**r, "side": "patched", "micro": 0.5, "peak": 1.0} for r in stock])
-    assert "| 16, padded | out of memory | 500 |  |  | 1.0 |  |" in capsys.readouterr().out
+    assert "| 16, padded | out of memory | 500 |  |  | 1.0 |  |" in capfd.readouterr().out
