@@ -357,26 +357,16 @@ def test_torch_gives_a_part_of_its_memory_back(monkeypatch: pytest.MonkeyPatch) 
 
 def test_which_segments_torch_would_fill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the current stream in torch's own pool in which nothing lies, and nothing waits for another stream."""
-    segment = {
-        "device": 0,
-        "stream": 7,
-        "segment_pool_id": (0, 0),
-        "segment_type": "large",
-        "active_size": 0,
-        "is_expandable": False,
+    told = {  # by torch: of the one that can be filled, and what keeps another from it
+        "device": (0, 1),
+        "stream": (7, 0),
+        "segment_pool_id": ((0, 0), (0, 1)),
+        "segment_type": ("large", "small"),
+        "active_size": (0, 5),
+        "is_expandable": (False, True),
     }
-    others = {
-        "device": 1,
-        "stream": 0,
-        "segment_pool_id": (0, 1),
-        "segment_type": "small",
-        "active_size": 5,
-        "is_expandable": True,
-    }
-    segments = [
-        {**segment, "total_size": 100},
-        *({**segment, name: value, "total_size": 1} for name, value in others.items()),
-    ]
+    usual = {name: value for name, (value, _) in told.items()}
+    segments = [{**usual, "total_size": 100}, *({**usual, name: value} for name, (_, value) in told.items())]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
