@@ -70,6 +70,15 @@ class Storages:
     def free(self) -> int | None:
         return None
 
+    def divide(self, caches: list[torch.Tensor], blocks: int) -> bool:
+        return False  # a storage is one piece
+
+    def first_block(self, piece: int) -> int:
+        return 0
+
+    def join(self) -> None:
+        pass
+
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):

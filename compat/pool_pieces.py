@@ -11,13 +11,17 @@ Until: vLLM can be told how much to release.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import gc
 from collections.abc import Collection, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .replaced import replaced
+
+_GRANULE = 2 << 20  # bytes: what a GPU maps at once
 
 
 class Pieces(Protocol):
@@ -32,9 +36,23 @@ class Pieces(Protocol):
     def free(self) -> int | None:
         """Bytes that the device has left; None: it is not asked."""
 
+    def divide(self, caches: list[torch.Tensor], blocks: int) -> bool:
+        """Make pieces of these tensors, the KV cache with so many blocks. False, and nothing is done, if it cannot."""
+
+    def first_block(self, piece: int) -> int:
+        """Of the KV cache, in a piece of it: without that block, and those after it, the piece is not needed."""
+
+    def join(self) -> None:
+        """Before any of it is freed. All pieces must be there."""
+
 
 class PoolPieces:
     """Those of vLLM's pool, by address. Nothing may be freed inside of `only`."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, int] = {}  # block, in a part of a tensor
+        self._wholes: dict[int, tuple[Any, list[int]]] = {}  # vLLM's piece, and the addresses of its parts
+        self._handles: list[ctypes.c_ulonglong] = []  # the driver's, of the parts
 
     def sizes(self) -> dict[int, tuple[str, int]]:
         from vllm.device_allocator.cumem import CuMemAllocator
@@ -57,6 +75,59 @@ class PoolPieces:
 
     def free(self) -> int | None:
         return torch.cuda.mem_get_info()[0]
+
+    def first_block(self, piece: int) -> int:
+        return self._first.get(piece, 0)
+
+    def divide(self, caches: list[torch.Tensor], blocks: int) -> bool:
+        """Make pieces of these tensors, each the KV cache of a layer: the first sixteenth, then always as much again.
+
+        False, and nothing is done, where something else lies in a piece, where blocks do not follow each other, and
+        with 8 bits a value: vLLM writes zeros into all of such a cache when it wakes.
+        """
+        from vllm.device_allocator.cumem import CuMemAllocator, create_and_map, unmap_and_release
+
+        pool = CuMemAllocator.instance
+        segments = {s["address"]: s["blocks"] for s in torch.cuda.memory_snapshot()}
+        found = {t.untyped_storage().data_ptr(): t for t in caches}
+        for address, tensor in found.items():
+            inside = [block for block in segments.get(address, ()) if block["state"] != "inactive"]
+            piece = None if pool is None else pool.pointer_to_data.get(address)
+            nbytes = tensor.untyped_storage().nbytes()
+            in_a_row = tensor.shape[0] % blocks == 0 and tensor.stride(0) * tensor.itemsize * tensor.shape[0] == nbytes
+            known = piece is not None and isinstance(piece.handle[3], int)  # a list on ROCm
+            if not known or len(inside) != 1 or not in_a_row or tensor.itemsize == 1:
+                return False
+        assert pool is not None
+        torch.cuda.synchronize()
+        for address, tensor in found.items():
+            whole = pool.pointer_to_data.pop(address)
+            device, size, _, _ = whole.handle
+            unmap_and_release(whole.handle)
+            ends = sorted({-(-(size >> half) // _GRANULE) * _GRANULE for half in range(5)})
+            for start, end in zip([0, *ends], ends, strict=False):
+                self._handles.append(ctypes.c_ulonglong())
+                handle = (device, end - start, address + start, ctypes.addressof(self._handles[-1]))
+                create_and_map(handle)
+                pool.pointer_to_data[address + start] = dataclasses.replace(whole, handle=handle)
+                self._first[address + start] = start * blocks // tensor.untyped_storage().nbytes()
+                self._wholes.setdefault(address, (whole, []))[1].append(address + start)
+        return True
+
+    def join(self) -> None:
+        from vllm.device_allocator.cumem import CuMemAllocator, create_and_map, unmap_and_release
+
+        pool = CuMemAllocator.instance
+        if self._wholes:
+            torch.cuda.synchronize()
+        while self._wholes and pool is not None:
+            address, (whole, parts) = self._wholes.popitem()
+            for part in parts:
+                unmap_and_release(pool.pointer_to_data.pop(part).handle)
+            create_and_map(whole.handle)
+            pool.pointer_to_data[address] = whole
+        self._first.clear()
+        self._handles.clear()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from patchfastrl import memory
 from patchfastrl.errors import StandbyError
 
 from . import cuda_weight_pool
+from .kv_blocks import Blocks
 from .pool_pieces import Pieces, nothing_else
 
 _TAGS = frozenset(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
@@ -27,22 +28,25 @@ class Asleep:
 
     Whoever wakes only the KV cache wakes our tag as well; and no adapter is loaded while that sleeps. Nothing is
     released or mapped twice, which CUDA refuses, and releases before 0.30 would do. Memory that training does not lack
-    may stay (`releasing`); what was in it counts as lost all the same.
+    may stay (`releasing`); what was in it counts as lost all the same. Of the KV cache only `blocks` are woken.
 
     Attributes:
         able: whether it was built to sleep.
+        pieces: what it is that is released.
         releases: how often the contents were lost.
+        blocks: of the KV cache, that vLLM hands out; None: all of them.
     """
 
     def __init__(self, worker: Any, able: bool, pieces: Pieces) -> None:
         self.able = able
-        self._pieces = pieces
+        self.pieces = pieces
         self._sleep, self._wake_up = worker.sleep, worker.wake_up
         self._asked: tuple[Any, Any] = ((), {})  # how it was put to sleep
         self._tags: set[str] = set()
         self._released: set[int] = set()
         self._nbytes: int | None = None  # to release when it falls asleep; None: all
         self.releases = 0
+        self.blocks: Blocks | None = None
         worker.sleep, worker.wake_up = self.release, self.take
         worker.add_lora, worker.pin_lora = self._refusing(worker.add_lora), self._refusing(worker.pin_lora)
 
@@ -75,8 +79,11 @@ class Asleep:
     def give_back(self, nbytes: int | None = None) -> bool:
         """Release what has stayed of a worker that sleeps, or as much as makes up `nbytes`. Returns whether it did."""
         going, left = set(), nbytes
-        # The KV cache first: what is woken before it is there sooner.
-        for piece, (tag, size) in sorted(self._pieces.sizes().items(), key=lambda item: item[1][0] != "kv_cache"):
+        # The KV cache first, from its end: what is woken before it is there sooner.
+        order = sorted(
+            self.pieces.sizes().items(), key=lambda i: (i[1][0] != "kv_cache", -self.pieces.first_block(i[0]))
+        )
+        for piece, (tag, size) in order:
             if tag in self._tags and piece not in self._released and (left is None or left > 0):
                 going.add(piece)
                 left = None if left is None else left - size
@@ -84,7 +91,7 @@ class Asleep:
             return False
         self._released |= going
         args, kwargs = self._asked
-        with nothing_else(), self._pieces.only(going):
+        with nothing_else(), self.pieces.only(going):
             try:
                 self._sleep(*args, **kwargs)
             except AssertionError as error:  # of vLLM: others took more of the GPU meanwhile than was released
@@ -98,26 +105,67 @@ class Asleep:
         wanted = _TAGS if tags is None or "kv_cache" in tags else {*tags}
         if taking := sorted(wanted & self._tags):
             self.need_room(taking)
-            if missing := self._missing(taking):
-                with nothing_else(), self._pieces.only(missing):
-                    self._wake_up(taking)
-                self._released.difference_update(missing)
+            self._map(taking, self._missing(taking))
             self._tags.difference_update(taking)
+            self._hand_out()
+
+    def extend(self) -> None:
+        """Wake more of the KV cache of an engine that is awake: as many blocks as are wanted now.
+
+        Raises StandbyError, with nothing taken, if the device has not enough left.
+        """
+        if self.resident:
+            memory.make_room(self.released())
+            self.need_room()
+            self._map(["kv_cache"], self._missing(_TAGS))
+            self._hand_out()
+
+    def take_all(self) -> None:
+        """Before the end: as `take`, but of the KV cache as well what nobody wanted."""
+        limited, self.blocks = self.blocks, None
+        try:
+            self.need_room()
+        except StandbyError:
+            self.blocks = limited
+            raise
+        self._map(sorted(_TAGS), self._missing(_TAGS))
+        self._tags.clear()
+        self.pieces.join()
+
+    def _map(self, tags: list[str], pieces: Collection[int]) -> None:
+        if pieces:
+            with nothing_else(), self.pieces.only(pieces):
+                self._wake_up(tags)
+            self._released.difference_update(pieces)
+
+    def _hand_out(self) -> None:
+        if self.blocks is not None and self.resident:
+            absent = [first for piece in self._released if (first := self.pieces.first_block(piece))]
+            self.blocks.hand_out(min([self.blocks.all, *absent]))
 
     def released(self, tags: Collection[str] = _TAGS) -> int:
         """Bytes that taking these tags takes from the device."""
         return sum(self._missing(tags).values())
 
+    def left_out(self) -> int:
+        """Bytes of the KV cache that taking it does not take, as no batch can use them."""
+        wanted = self._missing(_TAGS)
+        return sum(size for piece, (_, size) in self.pieces.sizes().items() if piece in self._released - {*wanted})
+
     def _missing(self, tags: Collection[str]) -> dict[int, int]:
-        sizes = self._pieces.sizes().items()
-        return {piece: size for piece, (tag, size) in sizes if tag in tags and piece in self._released}
+        wanted, first = None if self.blocks is None else self.blocks.wanted, self.pieces.first_block
+        return {
+            piece: size
+            for piece, (tag, size) in self.pieces.sizes().items()
+            if tag in tags and piece in self._released and (wanted is None or first(piece) < wanted)
+        }
 
     def need_room(self, tags: Collection[str] = _TAGS) -> None:
         """Raises StandbyError if the device has not enough left to take these tags."""
-        needed, free = self.released(tags), self._pieces.free()
+        needed, free = self.released(tags), self.pieces.free()
         if free is not None and free < needed:
             memory.return_cached()
-            free = self._pieces.free()
+            free = self.pieces.free()
         if free is not None and free < needed:
             raise StandbyError(
                 f"Waking the engine takes {memory.gib(needed)} of the GPU, and {memory.gib(free)} are left. Free what "

@@ -30,7 +30,7 @@ def reachable(asleep: worker_asleep.Asleep, standby: cpu_standby.Storages | None
     if standby is None:
         memory.return_cached()
         try:
-            asleep.take()
+            asleep.take_all()
         except StandbyError:
             asleep.give_back()  # what had stayed
             raise

@@ -53,6 +53,7 @@ from .compat import (
     expert_slots,
     import_errors,
     inspected_here,
+    kv_blocks,
     own_memory,
     pool_pieces,
     process_groups,
@@ -308,6 +309,7 @@ def build(
         if llm.copies is not None:
             _before_sleep(llm.worker, llm.copies.release)
             llm.copies.live_in(scratch)
+        kv_blocks.limit(llm)
         _prepare_training(llm, model)
         live.add(llm)
         memory.collect_rarely(True)

@@ -142,7 +142,7 @@ class SharedLLM(LLM):
                 try:
                     outputs = call(*args, lora_request=lora_request, **kwargs)
                     if self.recompute is not None:
-                        self.recompute.sampled()
+                        self.recompute.sampled(0 if self._asleep is None else self._asleep.left_out())
                     if self.room is not None and self._trainers_batch:
                         self.room.sampled(batch_of(outputs))
                     return outputs

@@ -88,7 +88,8 @@ class Recompute:
 
     Attributes:
         kept: layers that kept their activations in the latest training forward.
-        limit: bytes that the device held when a batch was last sampled; None before the first.
+        limit: bytes that the device held when a batch was last sampled, with all of the engine's memory; None before
+            the first.
     """
 
     def __init__(
@@ -121,9 +122,9 @@ class Recompute:
         for hook in self._hooks:
             hook.remove()
 
-    def sampled(self) -> None:
-        """A batch was sampled; the engine still has its memory."""
-        self.limit = self.device.read().held
+    def sampled(self, left_out: int = 0) -> None:
+        """A batch was sampled; the engine still has its memory, but so many bytes that the batch could not use."""
+        self.limit = self.device.read().held + left_out
         self._batches += 1
 
     # A forward ------------------------------------------------------------------------------------------------------
