@@ -82,35 +82,37 @@ class PoolPieces:
     def divide(self, caches: list[torch.Tensor], blocks: int) -> bool:
         """Make pieces of these tensors, each the KV cache of a layer: the first sixteenth, then always as much again.
 
-        False, and nothing is done, where something else lies in a piece, where blocks do not follow each other, and
-        with 8 bits a value: vLLM writes zeros into all of such a cache when it wakes.
+        False, and nothing is done, where blocks do not follow each other, and with 8 bits a value: vLLM writes zeros
+        into all of such a cache when it wakes.
         """
         from vllm.device_allocator.cumem import CuMemAllocator, create_and_map, unmap_and_release
 
-        pool = CuMemAllocator.instance
+        if (pool := CuMemAllocator.instance) is None:
+            return False
         segments = {s["address"]: s["blocks"] for s in torch.cuda.memory_snapshot()}
         found = {t.untyped_storage().data_ptr(): t for t in caches}
         for address, tensor in found.items():
-            inside = [block for block in segments.get(address, ()) if block["state"] != "inactive"]
-            piece = None if pool is None else pool.pointer_to_data.get(address)
+            piece = pool.pointer_to_data.get(address)
             nbytes = tensor.untyped_storage().nbytes()
             in_a_row = tensor.shape[0] % blocks == 0 and tensor.stride(0) * tensor.itemsize * tensor.shape[0] == nbytes
             known = piece is not None and isinstance(piece.handle[3], int)  # a list on ROCm
-            if not known or len(inside) != 1 or not in_a_row or tensor.itemsize == 1:
+            if not known or not in_a_row or tensor.itemsize == 1:
                 return False
-        assert pool is not None
         torch.cuda.synchronize()
         for address, tensor in found.items():
             whole = pool.pointer_to_data.pop(address)
             device, size, _, _ = whole.handle
             unmap_and_release(whole.handle)
-            ends = sorted({-(-(size >> half) // _GRANULE) * _GRANULE for half in range(5)})
+            nbytes = tensor.untyped_storage().nbytes()
+            shared = sum(block["state"] != "inactive" for block in segments[address]) > 1
+            tail = nbytes // _GRANULE * _GRANULE if shared else size  # from there on something else lies there, too
+            ends = sorted({min(-(-(size >> half) // _GRANULE) * _GRANULE, tail) for half in range(5)} | {size})
             for start, end in zip([0, *ends], ends, strict=False):
                 self._handles.append(ctypes.c_ulonglong())
                 handle = (device, end - start, address + start, ctypes.addressof(self._handles[-1]))
                 create_and_map(handle)
                 pool.pointer_to_data[address + start] = dataclasses.replace(whole, handle=handle)
-                self._first[address + start] = start * blocks // tensor.untyped_storage().nbytes()
+                self._first[address + start] = 0 if start == tail else start * blocks // nbytes
                 self._wholes.setdefault(address, (whole, []))[1].append(address + start)
         return True
 
