@@ -65,10 +65,22 @@ class Blocks:
             if not pool.reset_prefix_cache():
                 raise StandbyError("Requests of this engine still hold blocks of its KV cache, which has less memory.")
             queue = type(pool.free_block_queue)(pool.blocks[1:blocks])
-            self._runner.input_batch.block_table.clear()  # nothing is left there of blocks that have no memory now
+            _clear_tables(self._runner)  # nothing is left there of blocks that have no memory now
         else:
             return
         pool.free_block_queue, pool.num_gpu_blocks = queue, blocks
+
+
+def _clear_tables(runner: Any) -> bool:
+    """Which blocks a sequence has, on the GPU. False if this runner has them elsewhere."""
+    if (tables := getattr(runner, "block_tables", None)) is not None:  # vLLM's second model runner
+        for table in (*(staged.gpu for staged in tables.block_tables), *tables.input_block_tables):
+            table.zero_()
+        return True
+    tables = getattr(getattr(runner, "input_batch", None), "block_table", None)
+    if tables is not None:
+        tables.clear()
+    return tables is not None
 
 
 def limit(llm: Any) -> None:
@@ -78,7 +90,7 @@ def limit(llm: Any) -> None:
     """
     scheduler, runner, asleep = llm.llm_engine.engine_core.engine_core.scheduler, llm.model_runner, llm._asleep
     groups, pool = scheduler.kv_cache_config.kv_cache_groups, scheduler.kv_cache_manager.block_pool
-    known = hasattr(getattr(runner, "input_batch", None), "block_table") and hasattr(pool.free_block_queue, "append_n")
+    known = hasattr(pool.free_block_queue, "append_n") and _clear_tables(runner)
     nothing_in_use = pool.num_gpu_blocks - pool.get_num_free_blocks() == 1  # some models keep blocks for themselves
     if len(groups) == 1 and known and nothing_in_use and asleep.pieces.divide(runner.kv_caches, pool.num_gpu_blocks):
         asleep.blocks = Blocks(scheduler, runner, asleep.extend)

@@ -85,7 +85,7 @@ class PoolPieces:
         False, and nothing is done, where blocks do not follow each other, and with 8 bits a value: vLLM writes zeros
         into all of such a cache when it wakes.
         """
-        from vllm.device_allocator.cumem import CuMemAllocator, create_and_map, unmap_and_release
+        from vllm.device_allocator.cumem import CuMemAllocator, create_and_map, libcudart, unmap_and_release
 
         if (pool := CuMemAllocator.instance) is None:
             return False
@@ -102,10 +102,12 @@ class PoolPieces:
         for address, tensor in found.items():
             whole = pool.pointer_to_data.pop(address)
             device, size, _, _ = whole.handle
-            unmap_and_release(whole.handle)
             nbytes = tensor.untyped_storage().nbytes()
             shared = sum(block["state"] != "inactive" for block in segments[address]) > 1
             tail = nbytes // _GRANULE * _GRANULE if shared else size  # from there on something else lies there, too
+            kept = torch.empty(size - tail, dtype=torch.uint8)
+            libcudart.cudaMemcpy(kept.data_ptr(), address + tail, size - tail)
+            unmap_and_release(whole.handle)
             ends = sorted({min(-(-(size >> half) // _GRANULE) * _GRANULE, tail) for half in range(5)} | {size})
             for start, end in zip([0, *ends], ends, strict=False):
                 self._handles.append(ctypes.c_ulonglong())
@@ -114,6 +116,7 @@ class PoolPieces:
                 pool.pointer_to_data[address + start] = dataclasses.replace(whole, handle=handle)
                 self._first[address + start] = 0 if start == tail else start * blocks // nbytes
                 self._wholes.setdefault(address, (whole, []))[1].append(address + start)
+            libcudart.cudaMemcpy(address + tail, kept.data_ptr(), size - tail)
         return True
 
     def join(self) -> None:
