@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from patchfastrl.errors import StandbyError
 
 
@@ -71,6 +73,7 @@ class Blocks:
         pool.free_block_queue, pool.num_gpu_blocks = queue, blocks
 
 
+@torch.inference_mode()  # as vLLM made them
 def _clear_tables(runner: Any) -> bool:
     """Which blocks a sequence has, on the GPU. False if this runner has them elsewhere."""
     if (tables := getattr(runner, "block_tables", None)) is not None:  # vLLM's second model runner
