@@ -408,7 +408,7 @@ def stay_check(llm: Any, memory: Memory, stayed: bool) -> dict[str, Any]:
     """The driver still sees the memory of an engine that sleeps while training fits beside it, until `sleep`."""
     import torch
 
-    cache = gib_of(kv_cache(llm))
+    cache = gib_of(kv_cache(llm)) - llm._asleep.left_out() / 2**30
     torch.cuda.synchronize()
     before, awake = memory.used(), llm.awake
     llm.sleep()

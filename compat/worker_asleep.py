@@ -79,11 +79,7 @@ class Asleep:
     def give_back(self, nbytes: int | None = None) -> bool:
         """Release what has stayed of a worker that sleeps, or as much as makes up `nbytes`. Returns whether it did."""
         going, left = set(), nbytes
-        # The KV cache first, from its end: what is woken before it is there sooner.
-        order = sorted(
-            self.pieces.sizes().items(), key=lambda i: (i[1][0] != "kv_cache", -self.pieces.first_block(i[0]))
-        )
-        for piece, (tag, size) in order:
+        for piece, (tag, size) in sorted(self.pieces.sizes().items(), key=self._last_of_cache_first):
             if tag in self._tags and piece not in self._released and (left is None or left > 0):
                 going.add(piece)
                 left = None if left is None else left - size
@@ -100,45 +96,38 @@ class Asleep:
         memory.make_room(0)  # whether torch gives back what it keeps goes by the rule for waking
         return True
 
+    def _last_of_cache_first(self, item: tuple[int, tuple[str, int]]) -> tuple[bool, int]:
+        """What is woken before the KV cache is there sooner; of that, what not every batch can use."""
+        piece, (tag, _) = item
+        return tag != "kv_cache", -self.pieces.first_block(piece)
+
     def take(self, tags: list[str] | None = None) -> None:
         """Raises StandbyError, with nothing taken, if the device has not enough left."""
-        wanted = _TAGS if tags is None or "kv_cache" in tags else {*tags}
-        if taking := sorted(wanted & self._tags):
-            self.need_room(taking)
-            self._map(taking, self._missing(taking))
-            self._tags.difference_update(taking)
-            self._hand_out()
+        self._take((_TAGS if tags is None or "kv_cache" in tags else {*tags}) & self._tags)
 
     def extend(self) -> None:
-        """Wake more of the KV cache of an engine that is awake: as many blocks as are wanted now.
-
-        Raises StandbyError, with nothing taken, if the device has not enough left.
-        """
+        """Of the KV cache of an engine that is awake: as many blocks as are wanted now. Raises as `take` does."""
         if self.resident:
             memory.make_room(self.released())
-            self.need_room()
-            self._map(["kv_cache"], self._missing(_TAGS))
-            self._hand_out()
+            self._take(_TAGS)
 
     def take_all(self) -> None:
-        """Before the end: as `take`, but of the KV cache as well what nobody wanted."""
-        limited, self.blocks = self.blocks, None
+        """Before the end, what nobody wanted of the KV cache as well. Raises as `take` does."""
+        blocks, self.blocks = self.blocks, None
         try:
-            self.need_room()
+            self._take(_TAGS)
         except StandbyError:
-            self.blocks = limited
+            self.blocks = blocks
             raise
-        self._map(sorted(_TAGS), self._missing(_TAGS))
-        self._tags.clear()
         self.pieces.join()
 
-    def _map(self, tags: list[str], pieces: Collection[int]) -> None:
-        if pieces:
-            with nothing_else(), self.pieces.only(pieces):
-                self._wake_up(tags)
-            self._released.difference_update(pieces)
-
-    def _hand_out(self) -> None:
+    def _take(self, tags: Collection[str]) -> None:
+        self.need_room(tags)
+        if missing := self._missing(tags):
+            with nothing_else(), self.pieces.only(missing):
+                self._wake_up(sorted(tags))
+            self._released.difference_update(missing)
+        self._tags.difference_update(tags)
         if self.blocks is not None and self.resident:
             absent = [first for piece in self._released if (first := self.pieces.first_block(piece))]
             self.blocks.hand_out(min([self.blocks.all, *absent]))
@@ -148,9 +137,9 @@ class Asleep:
         return sum(self._missing(tags).values())
 
     def left_out(self) -> int:
-        """Bytes of the KV cache that taking it does not take, as no batch can use them."""
-        wanted = self._missing(_TAGS)
-        return sum(size for piece, (_, size) in self.pieces.sizes().items() if piece in self._released - {*wanted})
+        """Bytes of the KV cache that have no memory, or will have none, while the engine is awake."""
+        released = sum(size for piece, (_, size) in self.pieces.sizes().items() if piece in self._released)
+        return released - self.released()
 
     def _missing(self, tags: Collection[str]) -> dict[int, int]:
         wanted, first = None if self.blocks is None else self.blocks.wanted, self.pieces.first_block
