@@ -9,6 +9,8 @@ from patchfastrl.seam import Seam
 
 from .releases import ENGINE_CLASS, between, outside, upstream
 
+EXTRACTED = "0.29"  # before, the log-probabilities were read where they came
+
 
 class TokenIds(Rewrite):
     """``SamplingParams(...)`` becomes ``token_params(SamplingParams, ...)``, every argument kept."""
@@ -20,6 +22,18 @@ class TokenIds(Rewrite):
             return updated_node
         self.found += 1
         return with_leading(updated_node, "@token_params", "SamplingParams")
+
+
+class TokenLogProbs(Rewrite):
+    """``extract_logprobs(outputs)`` becomes ``token_log_probs(extract_logprobs, outputs)``."""
+
+    words = ("extract_logprobs",)
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
+        if not reads(original_node.func, "extract_logprobs"):
+            return updated_node
+        self.found += 1
+        return with_leading(updated_node, "@token_log_probs", "extract_logprobs")
 
 
 # In older releases, and in Online DPO, `sampling_params` does it.
@@ -34,5 +48,16 @@ SEAMS = (
         link=upstream("generation/vllm_generation.py"),
         until="TRL passes detokenize=False",
         rewrite=TokenIds,
+    ),
+    Seam(
+        name="engine.token_log_probs",
+        target="trl.generation.vllm_generation:VLLMGeneration.generate",
+        requires=between(EXTRACTED),
+        absent=outside(EXTRACTED),
+        count=1,
+        reason="TRL sorts a dictionary for each token, 0.2 s for 32 completions of 2,048",
+        link=upstream("generation/vllm_generation.py"),
+        until="TRL asks vLLM for flat log-probabilities",
+        rewrite=TokenLogProbs,
     ),
 )

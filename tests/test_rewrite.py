@@ -62,6 +62,12 @@ ENGINE = {
         "-            sampling_params = SamplingParams(**generation_kwargs)",
         "+            sampling_params = patchfastrl_runtime.token_params(SamplingParams, **generation_kwargs)",
     ],
+    "engine.token_log_probs": [
+        IMPORT,
+        "-            all_logprobs, all_logprob_token_ids = extract_logprobs(all_outputs)",
+        "+            all_logprobs, all_logprob_token_ids = patchfastrl_runtime.token_log_probs("
+        "extract_logprobs, all_outputs)",
+    ],
 }
 EXPECTED = {f"{trainer}.{name}": lines for trainer in ("grpo", "rloo") for name, lines in TRAINER.items()} | ENGINE
 # The same changes in the other trainers.

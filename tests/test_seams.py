@@ -46,6 +46,7 @@ SPANS = {
     **{f"rloo.{n}": ("0.22.0", "0.28.0") for n in ("build", "publish", "lora_request")},
     **{f"engine.{n}": ("0.28.0", None) for n in ("build", "publish", "lora_request", "token_ids")},
     **{f"{trainer}.reload": ("0.26.0", "0.28.0") for trainer in ("grpo", "rloo")},
+    "engine.token_log_probs": ("0.29.0", None),
     "engine.reload": ("0.28.0", "1.10.0"),
     **{f"grpo.{n}": ("0.28.0", None) for n in ("old_logps", "loss_old_logps")},
     "log_probs.selected": ("0.18.0", "1.14.0"),
@@ -239,6 +240,9 @@ def _line(anchor: str, name: str) -> tuple[str, dict[str, str]]:
 
 MUTATIONS |= {
     "token_ids": _line("            sampling_params = SamplingParams(**generation_kwargs)\n", "SamplingParams"),
+    "token_log_probs": _line(
+        "            all_logprobs, all_logprob_token_ids = extract_logprobs(all_outputs)\n", "extract_logprobs"
+    ),
     "old_logps": _line(
         "        if self.use_vllm and self.vllm_importance_sampling_correction:\n"
         '            output["importance_sampling_ratio"] = vllm_importance_sampling_ratio\n',

@@ -345,7 +345,7 @@ def test_a_release_that_nobody_declared(folder: Path, tmp_path: Path, capsys: py
     assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("trl 1.17.0.dev0: NOT DECLARED\n")
-    assert "tried were the 61 of 1.16.0" in printed
+    assert "tried were the 62 of 1.16.0" in printed
     assert "all of them fit" in printed
     (root / ENGINE).unlink()
     assert main(["check-source", str(root), "--wheels", str(folder)]) == 1
