@@ -40,7 +40,7 @@ class Blocks:
         add = scheduler.add_request
 
         def add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
-            if not scheduler.has_unfinished_requests():
+            if not scheduler.requests:
                 self._asked = 0
             tokens = min(request.num_tokens + request.max_tokens, longest) + ahead
             self._asked += tokens // size + 1
