@@ -95,5 +95,10 @@ def limit(llm: Any) -> None:
     groups, pool = scheduler.kv_cache_config.kv_cache_groups, scheduler.kv_cache_manager.block_pool
     known = hasattr(pool.free_block_queue, "append_n") and _clear_tables(runner)
     nothing_in_use = pool.num_gpu_blocks - pool.get_num_free_blocks() == 1  # some models keep blocks for themselves
-    if len(groups) == 1 and known and nothing_in_use and asleep.pieces.divide(runner.kv_caches, pool.num_gpu_blocks):
-        asleep.blocks = Blocks(scheduler, runner, asleep.extend)
+    if (
+        len(groups) == 1
+        and known
+        and nothing_in_use
+        and asleep.parts.pieces.divide(runner.kv_caches, pool.num_gpu_blocks)
+    ):
+        asleep.parts.blocks = Blocks(scheduler, runner, asleep.extend)

@@ -15,35 +15,13 @@ import ctypes
 import dataclasses
 import gc
 from collections.abc import Collection, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .replaced import replaced
 
 _GRANULE = 2 << 20  # bytes: what a GPU maps at once
-
-
-class Pieces(Protocol):
-    """What standby can release of a worker's memory, in pieces. `cpu_standby.Storages` is the same for a CPU."""
-
-    def sizes(self) -> dict[int, tuple[str, int]]:
-        """Of each piece, there or released: its tag and bytes."""
-
-    def only(self, chosen: Collection[int]) -> contextlib.AbstractContextManager[None]:
-        """Inside the block the worker's own `sleep` and `wake_up` know only of these."""
-
-    def free(self) -> int | None:
-        """Bytes that the device has left; None: it is not asked."""
-
-    def divide(self, caches: list[torch.Tensor], blocks: int) -> bool:
-        """Make pieces of these tensors, the KV cache with so many blocks. False, and nothing is done, if it cannot."""
-
-    def first_block(self, piece: int) -> int:
-        """Of the KV cache, in a piece of it: without that block, and those after it, the piece is not needed."""
-
-    def join(self) -> None:
-        """Before any of it is freed. All pieces must be there."""
 
 
 class PoolPieces:

@@ -17,8 +17,8 @@ from patchfastrl import memory
 from patchfastrl.errors import StandbyError
 
 from . import cuda_weight_pool
-from .kv_blocks import Blocks
-from .pool_pieces import Pieces, nothing_else
+from .pieces import Parts, Pieces
+from .pool_pieces import nothing_else
 
 _TAGS = frozenset(("kv_cache", cuda_weight_pool.OWN_WEIGHTS))
 
@@ -28,25 +28,22 @@ class Asleep:
 
     Whoever wakes only the KV cache wakes our tag as well; and no adapter is loaded while that sleeps. Nothing is
     released or mapped twice, which CUDA refuses, and releases before 0.30 would do. Memory that training does not lack
-    may stay (`releasing`); what was in it counts as lost all the same. Of the KV cache only `blocks` are woken.
+    may stay (`releasing`); what was in it counts as lost all the same. Of the KV cache only what `parts.blocks` wants is woken.
 
     Attributes:
         able: whether it was built to sleep.
-        pieces: what it is that is released.
+        parts: what it is that is released, and taken.
         releases: how often the contents were lost.
-        blocks: of the KV cache, that vLLM hands out; None: all of them.
     """
 
     def __init__(self, worker: Any, able: bool, pieces: Pieces) -> None:
         self.able = able
-        self.pieces = pieces
+        self.parts = Parts(pieces)
         self._sleep, self._wake_up = worker.sleep, worker.wake_up
         self._asked: tuple[Any, Any] = ((), {})  # how it was put to sleep
         self._tags: set[str] = set()
-        self._released: set[int] = set()
         self._nbytes: int | None = None  # to release when it falls asleep; None: all
         self.releases = 0
-        self.blocks: Blocks | None = None
         worker.sleep, worker.wake_up = self.release, self.take
         worker.add_lora, worker.pin_lora = self._refusing(worker.add_lora), self._refusing(worker.pin_lora)
 
@@ -78,16 +75,10 @@ class Asleep:
 
     def give_back(self, nbytes: int | None = None) -> bool:
         """Release what has stayed of a worker that sleeps, or as much as makes up `nbytes`. Returns whether it did."""
-        going, left = set(), nbytes
-        for piece, (tag, size) in sorted(self.pieces.sizes().items(), key=self._last_of_cache_first):
-            if tag in self._tags and piece not in self._released and (left is None or left > 0):
-                going.add(piece)
-                left = None if left is None else left - size
-        if not going:
+        if not (going := self.parts.choose(self._tags, nbytes)):
             return False
-        self._released |= going
         args, kwargs = self._asked
-        with nothing_else(), self.pieces.only(going):
+        with nothing_else(), self.parts.pieces.only(going):
             try:
                 self._sleep(*args, **kwargs)
             except AssertionError as error:  # of vLLM: others took more of the GPU meanwhile than was released
@@ -95,11 +86,6 @@ class Asleep:
                     raise
         memory.make_room(0)  # whether torch gives back what it keeps goes by the rule for waking
         return True
-
-    def _last_of_cache_first(self, item: tuple[int, tuple[str, int]]) -> tuple[bool, int]:
-        """What is woken before the KV cache is there sooner; of that, what not every batch can use."""
-        piece, (tag, _) = item
-        return tag != "kv_cache", -self.pieces.first_block(piece)
 
     def take(self, tags: list[str] | None = None) -> None:
         """Raises StandbyError, with nothing taken, if the device has not enough left."""
@@ -113,48 +99,38 @@ class Asleep:
 
     def take_all(self) -> None:
         """Before the end, what nobody wanted of the KV cache as well. Raises as `take` does."""
-        blocks, self.blocks = self.blocks, None
+        blocks, self.parts.blocks = self.parts.blocks, None
         try:
             self._take(_TAGS)
         except StandbyError:
-            self.blocks = blocks
+            self.parts.blocks = blocks
             raise
-        self.pieces.join()
+        self.parts.pieces.join()
 
     def _take(self, tags: Collection[str]) -> None:
         self.need_room(tags)
-        if missing := self._missing(tags):
-            with nothing_else(), self.pieces.only(missing):
+        if missing := self.parts.missing(tags):
+            with nothing_else(), self.parts.pieces.only(missing):
                 self._wake_up(sorted(tags))
-            self._released.difference_update(missing)
+            self.parts.back(missing)
         self._tags.difference_update(tags)
-        if self.blocks is not None and self.resident:
-            absent = [first for piece in self._released if (first := self.pieces.first_block(piece))]
-            self.blocks.hand_out(min([self.blocks.all, *absent]))
+        if self.resident:
+            self.parts.hand_out()
 
     def released(self, tags: Collection[str] = _TAGS) -> int:
         """Bytes that taking these tags takes from the device."""
-        return sum(self._missing(tags).values())
+        return sum(self.parts.missing(tags).values())
 
     def left_out(self) -> int:
         """Bytes of the KV cache that have no memory, or will have none, while the engine is awake."""
-        released = sum(size for piece, (_, size) in self.pieces.sizes().items() if piece in self._released)
-        return released - self.released()
-
-    def _missing(self, tags: Collection[str]) -> dict[int, int]:
-        wanted, first = None if self.blocks is None else self.blocks.wanted, self.pieces.first_block
-        return {
-            piece: size
-            for piece, (tag, size) in self.pieces.sizes().items()
-            if tag in tags and piece in self._released and (wanted is None or first(piece) < wanted)
-        }
+        return self.parts.nbytes() - self.released()
 
     def need_room(self, tags: Collection[str] = _TAGS) -> None:
         """Raises StandbyError if the device has not enough left to take these tags."""
-        needed, free = self.released(tags), self.pieces.free()
+        needed, free = self.released(tags), self.parts.pieces.free()
         if free is not None and free < needed:
             memory.return_cached()
-            free = self.pieces.free()
+            free = self.parts.pieces.free()
         if free is not None and free < needed:
             raise StandbyError(
                 f"Waking the engine takes {memory.gib(needed)} of the GPU, and {memory.gib(free)} are left. Free what "

@@ -342,7 +342,8 @@ def test_memory_of_a_gpu_in_parts() -> None:
     assert torch.equal(beside, torch.arange(len(beside), dtype=torch.int32, device="cuda"))
     assert sum(size for _, size in pieces.sizes().values()) == sum(piece.handle[1] for piece in whole.values())
     handed_out: list[int] = []
-    asleep.blocks = SimpleNamespace(all=blocks, wanted=2, hand_out=handed_out.append)  # type: ignore[assignment]
+    limit = SimpleNamespace(all=blocks, wanted=2, hand_out=handed_out.append)
+    asleep.parts.blocks = limit  # type: ignore[assignment]
     taken = sum(piece.handle[1] for piece in whole.values())
     torch.cuda.empty_cache()
     awake = torch.cuda.mem_get_info()[0]
@@ -350,7 +351,7 @@ def test_memory_of_a_gpu_in_parts() -> None:
         worker.sleep()
         torch.cuda.empty_cache()
         assert torch.cuda.mem_get_info()[0] == awake + taken
-        asleep.blocks.wanted = wanted  # type: ignore[misc, union-attr]
+        limit.wanted = wanted
         worker.wake_up(None)
         there = handed_out[-1]
         assert wanted <= there <= max(2 * wanted, 70)
@@ -359,7 +360,7 @@ def test_memory_of_a_gpu_in_parts() -> None:
             cache[:there] = number
         beside.fill_(7)
         assert all(bool((cache[:there] == number).all()) for number, cache in enumerate(caches))
-    asleep.blocks.wanted = 500  # type: ignore[misc, union-attr]
+    limit.wanted = 500
     asleep.extend()
     assert handed_out[-1] >= 500
     assert all(bool((cache[:there] == number).all()) for number, cache in enumerate(caches))

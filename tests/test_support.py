@@ -427,7 +427,7 @@ else:
 
 # One small file per difference --------------------------------------------------------------------------------------
 
-MACHINERY = ("__init__", "replaced", "support", "versions")
+MACHINERY = ("__init__", "pieces", "replaced", "support", "versions")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "compat").glob("*.py")), ids=lambda file: file.stem)
