@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Collection
 from typing import Protocol
 
 import torch
 
 from .kv_blocks import Blocks
+
+GRANULE = 2 << 20  # bytes: what a GPU maps at once
+
+Span = tuple[int, int]  # from one byte to another
+
+
+def divided(size: int, rows: Collection[Span], others: Collection[Span], blocks: int) -> dict[Span, int]:
+    """How to divide a piece of so many bytes in which blocks lie, and the first block of each part.
+
+    A row of blocks is cut behind its first sixteenth, and whenever as much again has come. What others have is part of
+    what is always needed.
+
+    Args:
+        rows: where `blocks` blocks follow each other.
+        others: where something else lies.
+    """
+
+    def first(start: int, end: int) -> int:
+        if any(a < end and start < b for a, b in others):
+            return 0
+        return min((max(start - a, 0) * blocks // (b - a) for a, b in rows if a < end and start < b), default=0)
+
+    cuts = {0, size}
+    for start, end in rows:
+        cuts |= {min(-(-(start + ((end - start) >> half)) // GRANULE) * GRANULE, size) for half in range(1, 5)}
+        edge = end // GRANULE * GRANULE
+        if edge < size and first(edge, edge + GRANULE) == 0:  # another row begins there, or others have the rest
+            cuts |= {edge, edge + GRANULE}
+    ends = sorted(cuts)
+    return {span: first(*span) for span in itertools.pairwise(ends)}
 
 
 class Pieces(Protocol):

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
+from .pieces import Span, divided
 from .replaced import replaced
-
-_GRANULE = 2 << 20  # bytes: what a GPU maps at once
 
 
 class PoolPieces:
@@ -67,34 +66,37 @@ class PoolPieces:
 
         if (pool := CuMemAllocator.instance) is None:
             return False
-        segments = {s["address"]: s["blocks"] for s in torch.cuda.memory_snapshot()}
-        found = {t.untyped_storage().data_ptr(): t for t in caches}
-        for address, tensor in found.items():
-            piece = pool.pointer_to_data.get(address)
-            nbytes = tensor.untyped_storage().nbytes()
-            in_a_row = tensor.shape[0] % blocks == 0 and tensor.stride(0) * tensor.itemsize * tensor.shape[0] == nbytes
-            known = piece is not None and isinstance(piece.handle[3], int)  # a list on ROCm
-            if not known or not in_a_row or tensor.itemsize == 1:
+        rows: dict[int, set[Span]] = {}
+        for cache in caches:
+            storage, span = cache.untyped_storage(), cache.stride(0) * cache.shape[0] * cache.itemsize
+            start = cache.data_ptr() if span == cache.nbytes else storage.data_ptr()  # of one layer, or of all together
+            inside = [a for a, p in pool.pointer_to_data.items() if a <= start and start + span <= a + p.handle[1]]
+            in_a_row = span in (cache.nbytes, storage.nbytes()) and cache.shape[0] % blocks == 0
+            if not inside or not in_a_row or cache.itemsize == 1:
                 return False
+            rows.setdefault(inside[0], set()).add((start - inside[0], start - inside[0] + span))
+        if not all(isinstance(pool.pointer_to_data[address].handle[3], int) for address in rows):
+            return False  # ROCm's are lists
+        beside = _beside({cache.untyped_storage().data_ptr() for cache in caches})
         torch.cuda.synchronize()
-        for address, tensor in found.items():
+        for address, where in rows.items():
             whole = pool.pointer_to_data.pop(address)
             device, size, _, _ = whole.handle
-            nbytes = tensor.untyped_storage().nbytes()
-            shared = sum(block["state"] != "inactive" for block in segments[address]) > 1
-            tail = nbytes // _GRANULE * _GRANULE if shared else size  # from there on something else lies there, too
-            kept = torch.empty(size - tail, dtype=torch.uint8)
-            libcudart.cudaMemcpy(kept.data_ptr(), address + tail, size - tail)
+            others = [(a, b) for start, end in beside if 0 <= (a := start - address) < (b := end - address) <= size]
+            kept = [torch.empty(end - start, dtype=torch.uint8) for start, end in others]
+            for (start, end), copy in zip(others, kept, strict=True):
+                libcudart.cudaMemcpy(copy.data_ptr(), address + start, end - start)
             unmap_and_release(whole.handle)
-            ends = sorted({min(-(-(size >> half) // _GRANULE) * _GRANULE, tail) for half in range(5)} | {size})
-            for start, end in zip([0, *ends], ends, strict=False):
+            self._wholes[address] = whole, []
+            for (start, end), first in divided(size, where, others, blocks).items():
                 self._handles.append(ctypes.c_ulonglong())
                 handle = (device, end - start, address + start, ctypes.addressof(self._handles[-1]))
                 create_and_map(handle)
                 pool.pointer_to_data[address + start] = dataclasses.replace(whole, handle=handle)
-                self._first[address + start] = 0 if start == tail else start * blocks // nbytes
-                self._wholes.setdefault(address, (whole, []))[1].append(address + start)
-            libcudart.cudaMemcpy(address + tail, kept.data_ptr(), size - tail)
+                self._first[address + start] = first
+                self._wholes[address][1].append(address + start)
+            for (start, end), copy in zip(others, kept, strict=True):
+                libcudart.cudaMemcpy(address + start, copy.data_ptr(), end - start)
         return True
 
     def join(self) -> None:
@@ -111,6 +113,20 @@ class PoolPieces:
             pool.pointer_to_data[address] = whole
         self._first.clear()
         self._handles.clear()
+
+
+def _beside(ours: set[int]) -> list[Span]:
+    """Where torch has something else, by addresses, in segments in which something of ours lies."""
+    found = []
+    for segment in torch.cuda.memory_snapshot():
+        start, spans = segment["address"], []
+        for block in segment["blocks"]:
+            if block["state"] != "inactive":
+                spans.append((start, start + block["size"]))
+            start += block["size"]
+        if any(first in ours for first, _ in spans):
+            found += [span for span in spans if span[0] not in ours]
+    return found
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ class Asleep:
 
     Whoever wakes only the KV cache wakes our tag as well; and no adapter is loaded while that sleeps. Nothing is
     released or mapped twice, which CUDA refuses, and releases before 0.30 would do. Memory that training does not lack
-    may stay (`releasing`); what was in it counts as lost all the same. Of the KV cache only what `parts.blocks` wants is woken.
+    may stay (`releasing`); what was in it counts as lost all the same. Of the KV cache what `parts.blocks` wants wakes.
 
     Attributes:
         able: whether it was built to sleep.

@@ -79,8 +79,8 @@ def catch_up() -> None:
         end()
     if _put_off:
         raise StandbyError(
-            "An engine that nobody uses any more is asleep, and the GPU has not enough memory left to wake it for its "
-            "end. Free what else the script keeps there, and try again."
+            "An engine that nobody uses any more is asleep, or a part of it, and the GPU has not enough memory left to "
+            "wake it for its end. Free what else the script keeps there, and try again."
         )
 
 

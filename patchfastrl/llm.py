@@ -388,7 +388,7 @@ class SharedLLM(LLM):
         """Shut down and give the memory back. The trainer's parameters keep their storage.
 
         Raises:
-            StandbyError: the engine is asleep, and a GPU has not enough memory left to wake it once more: what is not
+            StandbyError: not all of the engine is awake, and a GPU has not enough memory left for that: what is not
                 mapped cannot be freed. Nothing has changed then.
         """
         if self._closed:

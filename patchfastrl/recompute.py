@@ -3,7 +3,8 @@
 While the model trains, what the engine held for a batch lies idle: with standby its KV cache and its own weights,
 without these alone. As many of the last layers as fit there, and into what else is free on the device, are called
 plainly; the others are recomputed, as transformers does with all of them. The numbers are the same bit by bit. (With
-"needed" the device holds no more than when a batch was last sampled; with "least" it may hold all but a margin.)
+"needed" the device holds no more than when a batch was last sampled, with all of the engine's share of it; with "least"
+it may hold all but a margin.)
 
 With "least", where an engine that sleeps still holds memory (`room.py`), and without it more layers could keep theirs,
 that is given back first.
@@ -124,7 +125,8 @@ class Recompute:
 
     def sampled(self, left_out: int = 0) -> None:
         """A batch was sampled; the engine still has its memory, but so many bytes that the batch could not use."""
-        self.limit = self.device.read().held + left_out
+        now = self.device.read()
+        self.limit = now.held + min(left_out, max(0, now.total - now.held))  # as far as others left it
         self._batches += 1
 
     # A forward ------------------------------------------------------------------------------------------------------

@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
 import torch
 
 from patchfastrl import PatchFastRL, UnpatchFastRL
-from patchfastrl.compat import cpu_standby
-from patchfastrl.compat.pool_pieces import PoolPieces
-from patchfastrl.compat.worker_asleep import Asleep
+from patchfastrl.compat import cpu_standby, kv_blocks
 from patchfastrl.errors import StandbyError
 
 pytestmark = pytest.mark.timeout(120)
@@ -239,6 +238,10 @@ def test_a_device_without_room_for_more_is_said_and_nothing_is_lost() -> None:
     assert not llm.llm_engine.has_unfinished_requests()
     assert handed_out(llm) == 8
     short = completions(llm, SHORT)
+    llm.sleep()
+    llm._standby.left = llm._standby.nbytes // 8
+    llm.wake_up()  # what was refused is not wanted any more
+    assert handed_out(llm) == 8
     llm._standby.left = None
     assert completions(llm, LONG, 150) == expected
     assert completions(llm, SHORT) == short
@@ -320,57 +323,28 @@ def test_a_trainer_computes_the_same_with_a_part_of_the_cache(
     assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_memory_of_a_gpu_in_parts() -> None:
-    from vllm.device_allocator.cumem import CuMemAllocator
+def test_blocks_that_vllm_keeps_free_are_there_as_well() -> None:
+    llm = engine()
+    llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.watermark_blocks = 10
+    kv_blocks.limit(llm)
+    completions(llm, SHORT)
+    llm.sleep()
+    llm.wake_up()
+    assert handed_out(llm) == 16
 
-    layers, blocks, per_block = 4, 1000, 64 * 2**10
-    allocator = CuMemAllocator.get_instance()
-    with allocator.use_memory_pool(tag="kv_cache"):
-        raw = [torch.zeros(blocks * per_block, dtype=torch.int8, device="cuda") for _ in range(layers)]
-        beside = torch.arange(280 * 2**10, dtype=torch.int32, device="cuda")  # torch lays it behind one of these
-    whole, pieces = dict(allocator.pointer_to_data), PoolPieces()
-    assert len(whole) == layers
-    caches = [cache.view(torch.bfloat16).view(blocks, 8, 16, -1).transpose(1, 2) for cache in raw]
-    worker = SimpleNamespace(
-        sleep=lambda: allocator.sleep("weights"), wake_up=allocator.wake_up, add_lora=None, pin_lora=None
-    )
-    asleep = Asleep(worker, True, pieces)
-    for other in (blocks, blocks + 1):  # 8 bits a value; a number of blocks that does not fit
-        assert not pieces.divide(raw if other == blocks else caches, other)
-    assert pieces.divide(caches, blocks)
-    assert torch.equal(beside, torch.arange(len(beside), dtype=torch.int32, device="cuda"))
-    assert sum(size for _, size in pieces.sizes().values()) == sum(piece.handle[1] for piece in whole.values())
-    handed_out: list[int] = []
-    limit = SimpleNamespace(all=blocks, wanted=2, hand_out=handed_out.append)
-    asleep.parts.blocks = limit  # type: ignore[assignment]
-    taken = sum(piece.handle[1] for piece in whole.values())
-    torch.cuda.empty_cache()
-    awake = torch.cuda.mem_get_info()[0]
-    for wanted in (2, 60, 65, 130, 400, 999, 1000, 3):
-        worker.sleep()
-        torch.cuda.empty_cache()
-        assert torch.cuda.mem_get_info()[0] == awake + taken
-        limit.wanted = wanted
-        worker.wake_up(None)
-        there = handed_out[-1]
-        assert wanted <= there <= max(2 * wanted, 70)
-        assert torch.cuda.mem_get_info()[0] == awake + asleep.left_out()
-        for number, cache in enumerate(caches):
-            cache[:there] = number
-        beside.fill_(7)
-        assert all(bool((cache[:there] == number).all()) for number, cache in enumerate(caches))
-    limit.wanted = 500
-    asleep.extend()
-    assert handed_out[-1] >= 500
-    assert all(bool((cache[:there] == number).all()) for number, cache in enumerate(caches))
-    asleep.take_all()
-    assert allocator.pointer_to_data == whole
-    for cache in raw:
-        cache.fill_(1)
-    torch.cuda.synchronize()
-    del raw, caches, cache, beside
-    allocator.release_pools()
-    torch.cuda.empty_cache()
-    assert torch.cuda.mem_get_info()[0] >= awake + taken
-    assert not allocator.pointer_to_data
+
+def test_an_engine_that_cannot_sleep_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_blocks, "_clear_tables", lambda runner: pytest.fail("looked at"))
+    kv_blocks.limit(SimpleNamespace(llm_engine=MagicMock(), model_runner=None, _asleep=SimpleNamespace(able=False)))
+
+
+def test_tables_of_both_model_runners_are_cleared() -> None:
+    def ones() -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.ones(2, 3, dtype=torch.int32)
+
+    staged, plain, used = SimpleNamespace(gpu=ones()), ones(), ones()
+    second = SimpleNamespace(block_tables=SimpleNamespace(block_tables=[staged, plain], input_block_tables=[used]))
+    assert kv_blocks._clear_tables(second)
+    assert not any(bool(table.any()) for table in (staged.gpu, plain, used))
+    assert not kv_blocks._clear_tables(SimpleNamespace())

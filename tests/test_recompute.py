@@ -115,6 +115,15 @@ class Script:
         return [n for n in range(LAYERS) if self.calls.count(n) == 2]
 
 
+def test_what_a_batch_could_not_use_counts_as_far_as_it_is_free() -> None:
+    script = Script()
+    held = script.tensors.bytes()
+    for total, left_out, limit in ((100, 60, 60), (100, 300, 100), (0, 60, 0), (100, 0, 0)):
+        script.tensors.total = held + total
+        script.recompute.sampled(left_out)
+        assert script.recompute.limit == held + limit
+
+
 # The policy -----------------------------------------------------------------------------------------------------------
 
 SIZES = st.integers(0, 1000)
