@@ -45,19 +45,19 @@ def per_layer() -> list[torch.Tensor]:
 
 
 def one_layer_after_the_other() -> list[torch.Tensor]:
-    return list(torch.empty(3, 8000, 16, 64, 16, dtype=torch.bfloat16))
+    return list(torch.empty(3, 8010, 16, 64, 16, dtype=torch.bfloat16))
 
 
 def layers_in_each_block() -> list[torch.Tensor]:
-    return list(torch.empty(8000, 3, 16, 64, 16, dtype=torch.bfloat16).unbind(1))
+    return list(torch.empty(8010, 3, 16, 64, 16, dtype=torch.bfloat16).unbind(1))
 
 
 def keys_before_values() -> list[torch.Tensor]:
-    return [torch.empty(2, 8000, 16, 64, 8, dtype=torch.bfloat16) for _ in range(3)]
+    return [torch.empty(2, 8010, 16, 64, 8, dtype=torch.bfloat16) for _ in range(3)]
 
 
 def eight_bits() -> list[torch.Tensor]:
-    return [torch.empty(8000, 16, 64, 32, dtype=torch.uint8) for _ in range(3)]
+    return [torch.empty(8010, 16, 64, 32, dtype=torch.uint8) for _ in range(3)]
 
 
 LAYOUTS = [per_layer, one_layer_after_the_other, layers_in_each_block]
@@ -69,7 +69,7 @@ def test_however_vllm_lays_it_out(layout: Callable[[], list[torch.Tensor]], monk
     from vllm.device_allocator import cumem
 
     caches, mapped = layout(), {}
-    blocks = caches[0].shape[0] if layout in LAYOUTS else 8000
+    blocks = caches[0].shape[0] if layout in LAYOUTS else 8010
     allocator = cumem.CuMemAllocator()
     monkeypatch.setattr(cumem.CuMemAllocator, "instance", allocator)
     allocator.current_tag = "kv_cache"
