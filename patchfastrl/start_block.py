@@ -35,7 +35,10 @@ def of(llm: SharedLLM, sleep_mode: bool) -> str:
         lines.append(f"  adapter   slot of rank {rank}{', released by standby' if sleep_mode else ''}")
     else:
         lines.append("  adapter   none: the weights themselves are trained, the optimizer's update is the engine's")
-    lines.append(f"  standby   {'on: the KV cache is released while training' if sleep_mode else 'off'}")
+    divided = llm._asleep is not None and llm._asleep.parts.blocks is not None
+    back = "as far as a batch can use it" if divided else "whole"
+    standby = f"on: the KV cache is released while training, and comes back {back}" if sleep_mode else "off"
+    lines.append(f"  standby   {standby}")
     return "\n".join(lines)
 
 

@@ -333,6 +333,17 @@ def test_blocks_that_vllm_keeps_free_are_there_as_well() -> None:
     assert handed_out(llm) == 16
 
 
+@pytest.mark.parametrize(("divides", "back"), [(True, "as far as a batch can use it"), (False, "whole")])
+def test_the_start_says_what_comes_back(
+    divides: bool, back: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not divides:
+        monkeypatch.setattr(Divided, "divide", lambda *_: False)
+    with caplog.at_level("WARNING", logger="patchfastrl"):
+        engine()
+    assert f"standby   on: the KV cache is released while training, and comes back {back}" in caplog.text
+
+
 def test_an_engine_that_cannot_sleep_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_blocks, "_clear_tables", lambda runner: pytest.fail("looked at"))
     kv_blocks.limit(SimpleNamespace(llm_engine=MagicMock(), model_runner=None, _asleep=SimpleNamespace(able=False)))
