@@ -10,10 +10,9 @@ import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from .compat import flat_logprobs, guided_decoding
 from .errors import UnsupportedError
 from .old_logprobs import old_logps_later, promise_old_logps, with_old_logps
-from .sampling import sampling_overrides
+from .sampling import sampling_overrides, sampling_params, token_log_probs, token_params
 
 if TYPE_CHECKING:
     import torch
@@ -362,36 +361,6 @@ def lora_request(llm: SharedLLM) -> Any:
     `train()`, a best model that was loaded at the end, or another trainer of the same model.
     """
     return llm.request_to_publish()
-
-
-def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
-    """In place of `SamplingParams(...)`: TRL's settings with `args.vllm_sampling_params` on top."""
-    given = getattr(args, "vllm_sampling_params", None) or {}
-    wanted = sampling_overrides(args, settings.get("n", 1)) or {}
-    merged = {**settings, **{name: wanted[name] for name in given}}
-    return params_class(**_without_text(guided_decoding.translated(params_class, merged)))
-
-
-def token_params(params_class: Any, **settings: Any) -> Any:
-    """In place of `SamplingParams(...)` where TRL reads token ids, and log-probabilities with `token_log_probs`."""
-    return params_class(**flat_logprobs.asked_for(params_class, _without_text(settings)))
-
-
-def _without_text(settings: dict[str, Any]) -> dict[str, Any]:
-    """TRL decodes by itself what it needs as text.
-
-    vLLM would make text of each token as it comes, and of its log-probability once more; a small model waits for that.
-    """
-    # Strings that end a completion are looked for in its text.
-    return {"detokenize": bool(settings.get("stop")), **settings}
-
-
-def token_log_probs(extract: Any, outputs: list[Any]) -> Any:
-    """In place of TRL's `extract_logprobs`: the log-probabilities and ids of what was sampled, (sequences, tokens, 1).
-
-    With more than one for a token, or none, as TRL does it.
-    """
-    return flat_logprobs.extracted(outputs) or extract(outputs)
 
 
 # Called from TRL's `selective_log_softmax` and `entropy_from_logits` ------------------------------------------------

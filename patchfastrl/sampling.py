@@ -1,11 +1,11 @@
-"""`vLLMSamplingParams`: sampling settings that TRL's configuration has no field for, handed to vLLM as given."""
+"""What is asked of vLLM for a batch: TRL's settings, and `vLLMSamplingParams`, those that TRL has no field for."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from .compat import validation_error
+from .compat import flat_logprobs, guided_decoding, validation_error
 from .errors import UnsupportedError
 
 # What TRL's loss depends on: the config fields that may own it, by SamplingParams name.
@@ -117,3 +117,36 @@ def with_seeds(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, An
     if len(args) > 1:
         return (args[0], params, *args[2:]), kwargs
     return args, {**kwargs, "sampling_params": params}
+
+
+# Called from rewritten TRL code, through `runtime` --------------------------------------------------------------------
+
+
+def sampling_params(params_class: Any, args: Any, **settings: Any) -> Any:
+    """In place of `SamplingParams(...)`: TRL's settings with `args.vllm_sampling_params` on top."""
+    given = getattr(args, "vllm_sampling_params", None) or {}
+    wanted = sampling_overrides(args, settings.get("n", 1)) or {}
+    merged = {**settings, **{name: wanted[name] for name in given}}
+    return params_class(**_without_text(guided_decoding.translated(params_class, merged)))
+
+
+def token_params(params_class: Any, **settings: Any) -> Any:
+    """In place of `SamplingParams(...)` where TRL reads token ids, and log-probabilities with `token_log_probs`."""
+    return params_class(**flat_logprobs.asked_for(params_class, _without_text(settings)))
+
+
+def _without_text(settings: dict[str, Any]) -> dict[str, Any]:
+    """TRL decodes by itself what it needs as text.
+
+    vLLM would make text of each token as it comes, and of its log-probability once more; a small model waits for that.
+    """
+    # Strings that end a completion are looked for in its text.
+    return {"detokenize": bool(settings.get("stop")), **settings}
+
+
+def token_log_probs(extract: Any, outputs: list[Any]) -> Any:
+    """In place of TRL's `extract_logprobs`: the log-probabilities and ids of what was sampled, (sequences, tokens, 1).
+
+    With more than one for a token, or none, as TRL does it.
+    """
+    return flat_logprobs.extracted(outputs) or extract(outputs)
