@@ -1,7 +1,7 @@
 """Log-probabilities of sampled tokens in one list a completion, where TRL goes through a dictionary for each token.
 
 Requirement: vLLM that has `SamplingParams.flat_logprobs` (0.12 has, 0.11.0 has not); without, TRL's own way.
-Reason: 65,000 tokens (32 completions of 2,048) take TRL 0.2 s, in which nothing is computed on a GPU.
+Reason: 65,000 tokens (32 completions of 2,048) take TRL 0.1 to 0.2 s, in which nothing is computed on a GPU.
 Link: vllm/logprobs.py, `FlatLogprobs`; trl/generation/vllm_generation.py, `extract_logprobs`
 Until: TRL asks for them like this.
 """

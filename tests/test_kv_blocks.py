@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import tiny
 import torch
 
-from patchfastrl import PatchFastRL, UnpatchFastRL
 from patchfastrl.compat import cpu_standby, kv_blocks
 from patchfastrl.errors import StandbyError
 
@@ -250,7 +248,7 @@ def test_a_device_without_room_for_more_is_said_and_nothing_is_lost() -> None:
 
 @pytest.mark.parametrize("by", ["close", "next engine"])
 @pytest.mark.parametrize("asleep", [False, True])
-def test_an_engine_ends_with_all_of_its_cache(by: str, asleep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_ends_with_all_of_its_cache(by: str, asleep: bool) -> None:
     """What is not there cannot be freed on a GPU. Without room for it that is refused, and nothing changes."""
     from patchfastrl import end
 
@@ -262,25 +260,20 @@ def test_an_engine_ends_with_all_of_its_cache(by: str, asleep: bool, monkeypatch
         assert handed_out(llm) == 8
     storages = llm._standby
     llm._reachable = lambda: end.reachable(llm._asleep, None, None)  # as on a GPU
-    storages.left = storages.nbytes // 8 * 7 - asleep
+    lacking = storages.nbytes if asleep else storages.nbytes // 8 * 7
+    storages.left = lacking - 1
+    with pytest.raises(StandbyError, match="Free what else"):
+        llm.close("not yet")
+    assert storages.parts
+    assert llm.awake != asleep
+    llm.wake_up()
+    assert handed_out(llm) == 8
+    assert completions(llm, SHORT)
     if asleep:
-        with pytest.raises(StandbyError, match="Free what else"):
-            llm.close("not yet")
-        assert storages.parts
-        llm.wake_up()
-        assert completions(llm, SHORT)
         llm.sleep()
-    storages.left = storages.nbytes
+    storages.left = lacking
     engine() if by == "next engine" else llm.close("the test is over.")
     assert not storages.parts
-
-
-@pytest.fixture(scope="module")
-def patched() -> Iterator[None]:
-    PatchFastRL()
-    yield
-    tiny.close_all()
-    UnpatchFastRL()
 
 
 def train(folder: Path, adapted: bool) -> tuple[list[int], list[torch.Tensor]]:
@@ -345,8 +338,12 @@ def test_the_start_says_what_comes_back(
 
 
 def test_an_engine_that_cannot_sleep_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine()
+    before = llm._asleep.parts.blocks
+    monkeypatch.setattr(llm._asleep, "able", False)
     monkeypatch.setattr(kv_blocks, "_clear_tables", lambda runner: pytest.fail("looked at"))
-    kv_blocks.limit(SimpleNamespace(llm_engine=MagicMock(), model_runner=None, _asleep=SimpleNamespace(able=False)))
+    kv_blocks.limit(llm)
+    assert llm._asleep.parts.blocks is before
 
 
 def test_tables_of_both_model_runners_are_cleared() -> None:
