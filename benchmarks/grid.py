@@ -16,10 +16,11 @@ as a script would: by its name); random models never stop, so every completion h
 All cells of a model, method and side are measured in one process, small ones first: building an engine takes a minute.
 The engine is built for the largest of them, with the same settings on every side, and each cell is another
 `trainer.train()` with that cell's lengths and batch sizes: what TRL reads when it trains, not when it is built. The
-process' first step is left out of the medians, and shown as "first step". Nothing is in vLLM's cache at first, such as
-graphs that were compiled before; with --warm it is what a process left there that built the same trainer. Memory is the
-driver's count for the whole device (on a CPU: the resident set); the peak is the cell's own. The next process imports
-while one is measured; with --parallel others also compile meanwhile, which small models feel.
+process' first step is left out of the medians, and shown as "first step". Nothing is in the caches of vLLM, torch and
+Triton at first, such as graphs that were compiled before; with --warm it is what a process left there that built the
+same trainer. Memory is the driver's count for the whole device (on a CPU: the resident set); the peak is the cell's
+own. The next process imports while one is measured; with --parallel each GPU's processes have an equal share of the
+processors.
 
 With --in-turn N the sides' processes stay, and each cell is measured N times over, with one side after the other. Small
 models wait for the processor, whose speed can halve for some seconds where others use it, too (shown as "a loop in

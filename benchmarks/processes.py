@@ -26,10 +26,13 @@ class Child:
 
     Args:
         device: which of the visible GPUs it may see; None: all.
-        cache: vLLM's.
+        cache: folder for those of vLLM, torch and Triton.
+        processors: those that it may use; None: all that this process may.
     """
 
-    def __init__(self, script: str, job: dict[str, Any], device: int | None, cache: str) -> None:
+    def __init__(
+        self, script: str, job: dict[str, Any], device: int | None, cache: str, processors: list[int] | None = None
+    ) -> None:
         self.job = job
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         self._results, self._log = Path(self._folder.name, "results"), Path(self._folder.name, "log")
@@ -47,6 +50,8 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        if processors is not None:
+            os.sched_setaffinity(self._process.pid, processors)
 
     def begin(self, limit: float) -> None:
         """It is this process' turn, for so many seconds."""
@@ -100,8 +105,11 @@ class Child:
 
 
 def _environment(job: dict[str, Any], device: int | None, cache: str) -> dict[str, str]:
-    # vLLM's cache of compiled graphs is keyed by its configuration, not by what is patched: one cache for each side.
-    env = {**os.environ, "VLLM_CACHE_ROOT": str(Path(cache, job["side"]))}
+    # vLLM's cache is keyed by its configuration, not by what is patched, and has what a model's class is like. The
+    # kernels of others are kept by torch and Triton.
+    name = "-".join(job[key] for key in ("side", "model", "method") if key in job)
+    caches = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    env = {**os.environ, **{variable: str(Path(cache, name, folder)) for variable, folder in caches.items()}}
     env |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     env.setdefault("VLLM_LOGGING_LEVEL", "INFO" if job.get("verbose") else "ERROR")
     if device is not None:
@@ -122,13 +130,13 @@ def run(
 ) -> None:
     """Run the jobs in their order. A job that says `ahead` is imported while the one before it is measured.
 
-    vLLM finds an empty cache, which the jobs of one side share.
+    vLLM, torch and Triton find empty caches, which only jobs of the same model, method and side share.
 
     Args:
         on_result: called with the job and each of its results, as they come.
         on_end: called when a job's process is over.
         limit: seconds for each process.
-        at_once: how many run at the same time, each with a GPU of its own.
+        at_once: how many run at the same time, each with a GPU and its share of the processors of its own.
     """
     waiting: list[dict[str, Any]] = list(jobs)
     running: dict[int, Child] = {}
@@ -136,7 +144,9 @@ def run(
     cache = tempfile.TemporaryDirectory(prefix="cache-", ignore_cleanup_errors=True)
 
     def start(device: int) -> Child:
-        return Child(script, waiting.pop(0), device if at_once > 1 else None, cache.name)
+        if at_once == 1:
+            return Child(script, waiting.pop(0), None, cache.name)
+        return Child(script, waiting.pop(0), device, cache.name, share_of_processors(device, at_once))
 
     try:
         while waiting or running or ahead:
@@ -162,6 +172,14 @@ def run(
         for child in [*running.values(), *ahead.values()]:
             child.kill()
         cache.cleanup()
+
+
+def share_of_processors(number: int, at_once: int) -> list[int]:
+    """Those of one of so many processes: neighbours, as a processor's threads and the cores of one cache are."""
+    mine = sorted(os.sched_getaffinity(0))
+    each = max(1, len(mine) // at_once)
+    first = number * each % len(mine)
+    return mine[first : first + each]
 
 
 def run_in_turn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,34 +174,49 @@ def test_the_peak_while_loading_is_worked_out(tmp_path: Path) -> None:
 
 
 JOB = """
-import json, sys, time
+import json, os, sys, time
 sys.path.insert(0, {folder!r})
 import processes
 job = json.loads(sys.argv[2])
 processes.my_turn(job)
 began = time.time()
 time.sleep(2)
-processes.report(job, {{"turn": (began, time.time())}})
+processes.report(
+    job,
+    {{
+        "turn": (began, time.time()),
+        "processors": sorted(os.sched_getaffinity(0)),
+        "caches": [os.environ[name] for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")],
+        "gpu": os.environ["CUDA_VISIBLE_DEVICES"],
+    }},
+)
 """
 
 
-def test_each_gpu_has_something_to_do_before_any_has_its_next_job(tmp_path: Path, monkeypatch: Any) -> None:
+def test_at_once_each_process_has_a_gpu_processors_and_caches_of_its_own(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # two of them are made up
     import processes
 
     (tmp_path / "job.py").write_text(JOB.format(folder=str(FOLDER)))
-    turns: list[tuple[float, float]] = []
+    found: list[dict[str, Any]] = []
     processes.run(
         str(tmp_path / "job.py"),
         [{"side": name, "ahead": True} for name in "ab"],
-        lambda job, result: turns.append(tuple(result["turn"])),
+        lambda job, result: found.append(result),
         lambda child: None,
         limit=60,
         at_once=2,
     )
-    (first, second) = sorted(turns)
-    assert second[0] < first[1]
+    first, second = sorted(found, key=lambda result: result["turn"])
+    assert second["turn"][0] < first["turn"][1]  # neither GPU waits while the other one's next job imports
+    assert {first["gpu"], second["gpu"]} == {"0", "1"}
+    assert len({*first["caches"], *second["caches"]}) == 6
+    mine = sorted(os.sched_getaffinity(0))
+    if len(mine) > 1:
+        assert not set(first["processors"]) & set(second["processors"])
+    assert set(first["processors"]) | set(second["processors"]) <= set(mine)
+    assert len(first["processors"]) == len(second["processors"]) == max(1, len(mine) // 2)
 
 
 def test_a_micro_step_by_itself(tmp_path: Path) -> None:
