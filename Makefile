@@ -10,7 +10,7 @@ demo: environment
 	@$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: lint
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Every CPU row of the support table, each in an environment of its own; ARGS="--ci --jobs 2": the oldest, one of each
 # era, the newest, two at a time.

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,10 +114,16 @@ def _environment(job: dict[str, Any], device: int | None, cache: str) -> dict[st
     env |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     env.setdefault("VLLM_LOGGING_LEVEL", "INFO" if job.get("verbose") else "ERROR")
     if device is not None:
-        env["MASTER_PORT"] = str(29500 + device)  # TRL would choose the same free one in both
+        env["MASTER_PORT"] = str(free_port())  # TRL would choose the same one in all
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         env["CUDA_VISIBLE_DEVICES"] = visible[device] if visible != [""] else str(device)
     return env
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("", 0))
+        return int(asked.getsockname()[1])
 
 
 def run(

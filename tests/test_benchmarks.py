@@ -188,6 +188,7 @@ processes.report(
         "processors": sorted(os.sched_getaffinity(0)),
         "caches": [os.environ[name] for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")],
         "gpu": os.environ["CUDA_VISIBLE_DEVICES"],
+        "port": os.environ["MASTER_PORT"],
     }},
 )
 """
@@ -212,6 +213,7 @@ def test_at_once_each_process_has_a_gpu_processors_and_caches_of_its_own(tmp_pat
     assert second["turn"][0] < first["turn"][1]  # neither GPU waits while the other one's next job imports
     assert {first["gpu"], second["gpu"]} == {"0", "1"}
     assert len({*first["caches"], *second["caches"]}) == 6
+    assert first["port"] != second["port"]
     mine = sorted(os.sched_getaffinity(0))
     if len(mine) > 1:
         assert not set(first["processors"]) & set(second["processors"])
