@@ -1,9 +1,9 @@
 """Draws what `grid.py --json` measured: memory over time through two steps, and the phases of a step, side by side.
 
-    python benchmarks/plot.py out.json [more.json ...] --folder benchmarks/figures
+    python benchmarks/plot.py out.json [more.json ...] --model 8b --method lora --folder benchmarks/figures
 
 Writes memory.png and phases.png. Files are read in order; of two results for the same side the later one counts, which
-is the largest cell of `grid.py`'s last model and method.
+is the largest cell of this model and method (without these two: of `grid.py`'s last).
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("."), help="where the plots go")
+    parser.add_argument("--model", help="of all that is in the files")
+    parser.add_argument("--method")
     options = parser.parse_args()
+    wanted = {name: getattr(options, name) for name in ("model", "method") if getattr(options, name) is not None}
     results: dict[str, Any] = {}
     for file in options.files:
-        results |= {result["side"]: result for result in json.loads(file.read_text()) if "error" not in result}
+        for result in json.loads(file.read_text()):
+            if "error" not in result and all(result[name] == value for name, value in wanted.items()):
+                results[result["side"]] = result
     if not results:
-        parser.error("no result in these files")
+        parser.error("no such result in these files")
     results = {side: results[side] for side in COLOURS if side in results}
     options.folder.mkdir(parents=True, exist_ok=True)
     memory(results, options.folder / "memory.png")

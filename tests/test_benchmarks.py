@@ -46,7 +46,9 @@ def test_the_grid_measures_several_cells_in_one_process_and_draws_them(tmp_path:
     assert said.count("| whole step, s") == 4
     assert "audit of the shared engine" in said
     assert "until context: driver" in said
-    script("plot.py", file, "--folder", tmp_path)
+    file.write_text(json.dumps([*results, {**results[-1], "model": "0.5b", "spans": []}]))  # which could not be drawn
+    script("plot.py", file, "--model", "8b", "--folder", tmp_path, status=2)
+    script("plot.py", file, "--model", "tiny", "--method", "lora", "--folder", tmp_path)
     assert (tmp_path / "memory.png").stat().st_size > 1000
     assert (tmp_path / "phases.png").stat().st_size > 1000
 

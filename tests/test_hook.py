@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib
 import inspect
 import linecache
@@ -256,6 +257,25 @@ def test_the_loader_passes_everything_else_on(make: Make) -> None:
     assert loader.get_source(module.__name__) == patch.text
     journal.rollback()
     assert module.__loader__ is upstream
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_a_module_is_imported(enabled: bool, make: Make) -> None:
+    text = "import gc\nenabled = gc.isenabled()\ndef f():\n    return ask()\nif globals().get('wrong'): 1 / 0\n"
+    module, patch = make(text, "f")
+    assert module.enabled
+    loader = RewritingLoader(module.__loader__, patch)
+    try:
+        (gc.enable if enabled else gc.disable)()
+        loader.exec_module(module)
+        assert gc.isenabled() == enabled
+        vars(module)["wrong"] = True
+        with pytest.raises(ZeroDivisionError):
+            loader.exec_module(module)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert not module.enabled
 
 
 def test_lines_survive_a_lost_folder(make: Make) -> None:
