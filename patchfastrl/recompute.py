@@ -10,7 +10,7 @@ With "least", where an engine that sleeps still holds memory (`room.py`), and wi
 that is given back first.
 
 Everything is measured. The first generation batch, and later each micro-batch that is larger than all before it, is
-recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes, and when. (For that,
+recomputed as without PatchFastRL, which shows what each layer would keep and what all else takes. (For that,
 `torch.cuda.max_memory_allocated` starts anew.) Left as it is: a model whose layers are not one list of transformers'
 `GradientCheckpointingLayer`, a forward that is asked for router logits, attentions or hidden states (a reentrant
 checkpoint cuts these off), a compiled forward, one that does not come through the model's own call, such as TRL's
@@ -19,7 +19,6 @@ Liger loss, and one that comes before the backward of another: a reentrant check
 
 from __future__ import annotations
 
-import bisect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -44,34 +43,23 @@ _ASKED = ("output_router_logits", "output_attentions", "output_hidden_states")
 Size = tuple[int, int, int]  # of a micro-batch: tokens, length of a row, tokens that logits are computed for
 
 
-def needs(reached: Sequence[int], rest: int, layers: Sequence[int]) -> list[int]:
-    """Bytes that a micro-step takes on top of what was held before it, for each number of layers kept, from none.
-
-    The last layers are those that keep theirs: backward has freed them when it starts to recompute others, so the two
-    never add up. Nor do they to what comes late in backward, such as the gradients of full fine-tuning.
-
-    Args:
-        reached: the most that it took, with every layer recomputed, until backward came to each layer.
-        rest: the most that it took in all.
-        layers: bytes that each layer keeps. All of them in the model's order.
-    """
-    found = [rest]
-    most = reached[-1] if reached else rest
-    for number in reversed(range(len(layers))):
-        # Until backward comes to this layer it lies beside what is kept already; through it, nothing below is kept.
-        most = max(most + layers[number], reached[number - 1] if number else rest)
-        found.append(max(most, rest))
-    return found
-
-
-def layers_kept(room: int, needed: Sequence[int]) -> int:
+def layers_kept(limit: int, held: int, rest: int, layers: Sequence[int]) -> int:
     """How many of the last layers can keep their activations.
 
+    The last ones, because backward has freed theirs when it starts to recompute others: the two never add up.
+
     Args:
-        room: bytes that the device may hold on top.
-        needed: what that takes (`needs`).
+        limit: bytes that the device may hold.
+        held: bytes that it holds before the forward.
+        rest: bytes that a micro-step takes on top, with every layer recomputed.
+        layers: bytes that each layer keeps, in the model's order.
     """
-    return max(0, bisect.bisect_right(needed, room) - 1)
+    room = limit - held - rest
+    for kept, layer in enumerate(reversed(layers)):
+        room -= layer
+        if room < 0:
+            return kept
+    return len(layers)
 
 
 @dataclass(eq=False)
@@ -82,17 +70,13 @@ class _Measured:
         size: of its micro-batch.
         start: bytes allocated before its forward.
         layers: bytes that each layer would keep, in the model's order; 0 before it was recomputed.
-        reached: the most that it had taken when backward came to each layer.
-        rest: the most that all of it took.
-        more: what others took that were expected to take no more than this one.
+        rest: bytes that all of it took.
     """
 
     size: Size
     start: int
     layers: dict[Any, int]
-    reached: dict[Any, int]
     rest: int = 0
-    more: int = 0
 
 
 class Recompute:
@@ -180,18 +164,18 @@ class Recompute:
 
     def _keep(self, layers: list[Any], found: _Measured, now: memory.Reading) -> None:
         sizes = [found.layers[layer] for layer in layers]
-        needed = [n + found.more for n in needs([found.reached[layer] for layer in layers], found.rest, sizes)]
 
-        def room(now: memory.Reading) -> int:
+        def limit(now: memory.Reading) -> int:
             assert self.limit is not None
             most, margin = (now.total, memory.SPARE) if self.least else (self.limit, _MARGIN)
-            return most - now.total // margin - now.held
+            return most - now.total // margin
 
-        self.kept = layers_kept(room(now), needed)
-        if self.kept < len(layers) and self.give_back(needed[-1] - room(now)):
+        self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
+        if self.kept < len(layers) and self.give_back(now.held + found.rest + sum(sizes) - limit(now)):
             now = self.device.read()
-            self.kept = layers_kept(room(now), needed)
+            self.kept = layers_kept(limit(now), now.held, found.rest, sizes)
         first = len(layers) - self.kept
+        expected = sum(sizes[first:])
         if self._logged is None or self.kept < self._logged:
             self._logged = self.kept
             logger.info(
@@ -199,28 +183,28 @@ class Recompute:
                 "%s), %d are recomputed",
                 self.kept,
                 len(layers),
-                memory.gib(sum(sizes[first:])),
+                memory.gib(expected),
                 "is free" if self.least else "the engine gave back",
                 first,
             )
-        learn = partial(self._learn, found, now, needed[self.kept])
+        learn = partial(self._learn, found, now, expected)
         self._open.add(learn)
         for number, layer in enumerate(layers[first:]):
             stock = layer._gradient_checkpointing_func
             self._replace(layer, partial(_plainly, layer, stock, None if number else learn))
 
     def _learn(self, found: _Measured, before: memory.Reading, expected: int, gradient: torch.Tensor) -> None:
-        """Backward is through with the layers that kept theirs: what it took beyond the expected is remembered."""
+        """Backward is through with the layers that kept theirs: if it took more than expected, the rest is larger."""
         self._open.clear()
         peak = self.device.read().peak
         if peak > before.peak:
-            found.more += max(0, peak - before.allocated - expected)
+            found.rest = max(found.rest, peak - before.allocated - expected)
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
     def _measure(self, layers: list[Any], size: Size, now: memory.Reading) -> None:
         self.device.forget_peak()
-        made = _Measured(size, now.allocated, dict.fromkeys(layers, 0), dict.fromkeys(layers, 0))
+        made = _Measured(size, now.allocated, dict.fromkeys(layers, 0))
         self._open.add(made)
         for layer in layers:
             self._replace(layer, partial(self._recomputed, made, layer, layer._gradient_checkpointing_func))
@@ -231,13 +215,12 @@ class Recompute:
         def measured(*args: Any) -> Any:
             if self._stock:
                 return function(*args)  # this is the forward; later on it is backward that calls
-            before = self.device.read()
-            made.reached[layer] = max(made.reached[layer], before.peak - made.start)
+            before = self.device.read().allocated
             try:
                 return function(*args)
             finally:  # torch may end a recomputation early, by an exception
                 now = self.device.read()
-                made.layers[layer] = max(made.layers[layer], now.allocated - before.allocated)
+                made.layers[layer] = max(made.layers[layer], now.allocated - before)
                 made.rest = now.peak - made.start
                 if all(made.layers.values()):
                     self._open.discard(made)
@@ -249,7 +232,6 @@ class Recompute:
         known = self._measured.setdefault(made.size, made)
         known.rest = max(known.rest, made.rest)
         known.layers = {layer: max(n, made.layers[layer]) for layer, n in known.layers.items()}
-        known.reached = {layer: max(n, made.reached[layer]) for layer, n in known.reached.items()}
 
 
 def _plainly(layer: Any, stock: Any, learn: Any, function: Any, *args: Any) -> Any:

@@ -25,7 +25,7 @@ from patchfastrl import PatchFastRL, engine, memory, recompute
 from patchfastrl.compat.pool_pieces import PoolPieces
 from patchfastrl.compat.worker_asleep import Asleep
 from patchfastrl.errors import StandbyError, UnsupportedError
-from patchfastrl.recompute import Recompute, layers_kept, needs
+from patchfastrl.recompute import Recompute, layers_kept
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -126,61 +126,32 @@ def test_what_a_batch_could_not_use_counts_as_far_as_it_is_free() -> None:
 
 # The policy -----------------------------------------------------------------------------------------------------------
 
-SIZES = st.integers(0, 300)
-# Of each layer: what it keeps, what its backward takes on top, the gradients that its backward leaves.
-LAYERS_OF = st.lists(st.tuples(st.integers(1, 300), SIZES, SIZES), max_size=12)
+SIZES = st.integers(0, 1000)
+LISTS = st.lists(st.integers(1, 300), max_size=12)
 
 
-def micro_step(head: int, layers: list[tuple[int, int, int]], kept: int) -> tuple[int, list[int]]:
-    """The most that one takes until backward is through with every layer, and until it comes to each of them."""
-    first = len(layers) - kept
-    held = sum(keeps for keeps, _, _ in layers[first:])
-    peak, reached = held + head, []
-    for number, (keeps, transient, gradients) in reversed(list(enumerate(layers))):
-        reached.insert(0, peak)
-        held += keeps * (number < first)
-        peak = max(peak, held + transient + gradients)
-        held += gradients - keeps
-    return peak, reached
-
-
-@given(SIZES, LAYERS_OF)
-def test_what_each_number_of_layers_needs(head: int, layers: list[tuple[int, int, int]]) -> None:
-    """Never less than it takes, nor more than everything at once; just what it takes where layers only keep."""
-    rest, reached = micro_step(head, layers, 0)
-    sizes = [keeps for keeps, _, _ in layers]
-    needed = needs(reached, rest, sizes)
-    assert needed[0] == rest
-    assert len(needed) == len(layers) + 1
-    assert needed == sorted(needed)
-    for kept, wanted in enumerate(needed):
-        taken, _ = micro_step(head, layers, kept)
-        assert taken <= wanted <= rest + sum(sizes[len(sizes) - kept :])
-    plain = [(keeps, 0, 0) for keeps in sizes]
-    rest, reached = micro_step(head, plain, 0)
-    assert needs(reached, rest, sizes) == [max(rest, micro_step(head, plain, n)[0]) for n in range(len(needed))]
-
-
-NEEDED = st.lists(st.integers(0, 1000), min_size=1, max_size=12).map(sorted)
-
-
-@given(st.integers(-1000, 1000), NEEDED)
-def test_as_many_as_fit_and_never_more(room: int, needed: list[int]) -> None:
-    kept = layers_kept(room, needed)
-    assert 0 <= kept < len(needed)
+@given(SIZES, SIZES, SIZES, LISTS)
+def test_as_many_as_fit_and_never_more(limit: int, held: int, rest: int, layers: list[int]) -> None:
+    kept = layers_kept(limit, held, rest, layers)
+    assert 0 <= kept <= len(layers)
     if kept:
-        assert needed[kept] <= room
-    if kept < len(needed) - 1:
-        assert needed[kept + 1] > room
+        assert held + rest + sum(layers[-kept:]) <= limit
+    if kept < len(layers):
+        assert held + rest + sum(layers[-kept - 1 :]) > limit
 
 
-@given(st.integers(-1000, 1000), NEEDED, st.integers(0, 1000))
-def test_more_memory_never_keeps_fewer(room: int, needed: list[int], more: int) -> None:
-    assert layers_kept(room + more, needed) >= layers_kept(room, needed)
+@given(SIZES, SIZES, SIZES, LISTS, SIZES)
+def test_more_memory_never_keeps_fewer(limit: int, held: int, rest: int, layers: list[int], more: int) -> None:
+    kept = layers_kept(limit, held, rest, layers)
+    assert layers_kept(limit + more, held, rest, layers) >= kept
+    assert layers_kept(limit, held + more, rest, layers) <= kept
+    assert layers_kept(limit, held, rest + more, layers) <= kept
 
 
-def needed_for(found: Any) -> list[int]:
-    return needs(list(found.reached.values()), found.rest, list(found.layers.values()))
+@given(SIZES, SIZES, LISTS)
+def test_nothing_is_kept_where_nothing_is_free(held: int, rest: int, layers: list[int]) -> None:
+    assert not layers or layers_kept(held + rest, held, rest, layers) == 0
+    assert not layers or layers_kept(0, held, rest, layers) == 0
 
 
 # What is measured, and that it holds ----------------------------------------------------------------------------------
@@ -199,13 +170,9 @@ def test_never_beyond_the_limit(reentrant: bool, lora: bool) -> None:
     script.measured()
     assert script.recomputed == [0, 1, 2, 3]
     (found,) = script.recompute._measured.values()
-    needed, kept = needed_for(found), []
-    if not lora:  # the gradients, which are there when layers no longer are
-        assert needed[-1] < found.rest + sum(found.layers.values()) - sum(
-            p.nbytes for p in script.layers[0].parameters()
-        )
-    rooms = [0, *needed, *(room - 1024 for room in needed), 2 * needed[-1]]
-    for room in rooms:
+    one, all_of_them = min(found.layers.values()), sum(found.layers.values())
+    kept = []
+    for room in (0, *(found.rest + all_of_them * part // 10 for part in range(12))):
         script.sleep(room)
         held = script.tensors.bytes()
         script.tensors.forget_peak()
@@ -215,26 +182,9 @@ def test_never_beyond_the_limit(reentrant: bool, lora: bool) -> None:
         assert script.tensors.peak <= max(script.recompute.limit, held + stock)
         assert gradients.keys() == expected.keys()
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
-    assert kept == [layers_kept(room, needed) for room in rooms]
-    assert {0, LAYERS} <= set(kept)
-    one = min(found.layers.values())
+    assert kept == sorted(kept)
+    assert set(kept) == set(range(LAYERS + 1))
     assert one > 3 * 12 * 64 * 4  # a layer keeps more than its own input
-
-
-def test_gradients_that_are_held_already() -> None:
-    """The second micro-step of full fine-tuning: they come late in backward, so they leave layers their room."""
-    script = Script(lora=False).measured()
-    (found,) = script.recompute._measured.values()
-    gradients = sum(p.nbytes for p in script.model.parameters())
-    script.sleep(needed_for(found)[-1] + gradients)
-    script.tensors.forget_peak()
-    for _ in range(2):
-        with script.tensors:
-            script.forward().backward()
-        assert script.recompute.kept == LAYERS
-        assert script.tensors.peak <= script.recompute.limit
-    assert found.more == 0
-    assert gradients > 2 * sum(found.layers.values()) / LAYERS
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -260,16 +210,16 @@ def test_a_layer_keeps_what_was_measured(reentrant: bool) -> None:
 def test_a_part_of_the_device_stays_free() -> None:
     script = Script().measured()
     (found,) = script.recompute._measured.values()
-    needed, kept = needed_for(found), []
-    for free in (0, 1024, needed[4] - needed[3], needed[4] - needed[3] + 1024):
-        script.tensors.total = 20 * free
-        script.sleep(needed[4])
+    kept = []
+    for part in (0, 1, 2):
+        script.tensors.total = 20 * part * found.layers[script.layers[0]]
+        script.sleep(found.rest + sum(found.layers.values()))
         script.step()
         kept.append(script.recompute.kept)
-    assert kept == [4, 3, 3, 2]
+    assert kept == [4, 3, 2]
 
 
-@pytest.mark.parametrize("kept", [1, 3, 4])
+@pytest.mark.parametrize("kept", [0, 1, 3, 4])
 def test_least_counts_what_is_free_on_the_device(kept: int) -> None:
     """What the engine held does not matter, and a tenth of the device stays free."""
     script = Script().measured()
@@ -277,8 +227,9 @@ def test_least_counts_what_is_free_on_the_device(kept: int) -> None:
     script.recompute.remove()
     script.recompute = Recompute(script.model, script.tensors, least=True)
     script.recompute._first, script.recompute._measured = 0, {found.size: found}
+    layers = list(found.layers.values())
     script.model.zero_grad()
-    script.tensors.total = -(-10 * (script.tensors.bytes() + 1024 + needed_for(found)[kept]) // 9)
+    script.tensors.total = -(-10 * (script.tensors.bytes() + 1024 + found.rest + kept * layers[0]) // 9)
     script.recompute.sampled()
     script.tensors.forget_peak()
     script.step()
@@ -595,22 +546,17 @@ def test_the_first_generation_batch_is_recomputed() -> None:
 def test_what_took_more_than_expected_is_remembered() -> None:
     script = Script().measured()
     (found,) = script.recompute._measured.values()
-    needed = needed_for(found)
-    for _ in range(2):  # it is not added twice
-        with script.tensors:
-            loss = script.forward()
-            more = torch.zeros(2**20)
-            loss.backward()
-        assert script.recompute.kept == LAYERS
-        assert more.nbytes / 2 <= found.more <= more.nbytes
-        del more, loss
-        script.sleep()
-    script.sleep(needed[-1])
+    before = found.rest
+    with script.tensors:
+        loss = script.forward()
+        more = torch.zeros(2**20)
+        loss.backward()
+    assert script.recompute.kept == LAYERS
+    assert found.rest >= before + more.nbytes / 2
+    del more
+    script.sleep(before + sum(found.layers.values()))
     script.step()
     assert script.recompute.kept == 0
-    script.sleep(needed[-1] + found.more)
-    script.step()
-    assert script.recompute.kept == LAYERS
 
 
 def test_layers_of_different_size() -> None:
@@ -624,12 +570,12 @@ def test_layers_of_different_size() -> None:
     (found,) = script.recompute._measured.values()
     first, second, third, last = found.layers.values()
     assert first == second == third < last / 3
-    needed = needed_for(found)
-    assert needed[2] - needed[1] == first
-    for room, kept in ((needed[1] - 1024, 0), (needed[1], 1), (needed[2] - 1024, 1), (needed[2], 2)):
-        script.sleep(room)
-        script.step()
-        assert script.recompute.kept == kept
+    script.sleep(found.rest + last - 2048)
+    script.step()
+    assert script.recompute.kept == 0
+    script.sleep(found.rest + last + first)
+    script.step()
+    assert script.recompute.kept == 2
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -655,16 +601,15 @@ def test_several_forwards_before_backward(reentrant: bool) -> None:
     script.sleep()
     assert step(*sizes)[0] == [0, 0, 0]
     (found,) = script.recompute._measured.values()
-    needed, seen = needed_for(found), []
-    for room in needed:
-        script.sleep(room)
+    seen = []
+    for part in (0, 3, 6, 9, 11):
+        script.sleep(found.rest + sum(found.layers.values()) * part // 10)
         kept, gradients = step(*sizes)
         seen.append(kept[0])
         assert kept[1:] == [0, 0]
         assert script.tensors.peak <= script.recompute.limit
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
-    assert seen == [layers_kept(room, needed) for room in needed]
-    assert len(set(seen)) > 2
+    assert seen == [0, 1, 2, 3, 4]
 
 
 def test_a_forward_without_backward() -> None:
@@ -784,7 +729,7 @@ def test_it_is_said_once_and_again_when_fewer_are_kept(caplog: pytest.LogCapture
     script = Script().measured()
     (found,) = script.recompute._measured.values()
     with caplog.at_level(logging.INFO, logger="patchfastrl"):
-        for room in (ROOM, ROOM, needed_for(found)[2], ROOM, 0, ROOM):
+        for room in (ROOM, ROOM, found.rest + sum(found.layers.values()) // 2, ROOM, 0, ROOM):
             script.sleep(room)
             script.step()
     said = [record.getMessage() for record in caplog.records]
@@ -820,7 +765,7 @@ def test_it_is_given_back_where_layers_then_keep_more() -> None:
     script.tensors, script.recompute = device, Recompute(script.model, device, True, device.give_back)
     script.measured()
     (found,) = script.recompute._measured.values()
-    needed = device.bytes() + needed_for(found)[-1]
+    needed = device.bytes() + found.rest + sum(found.layers.values())
     for total, given_back, kept in (
         (needed + 3_000_000, 0, LAYERS),
         (needed + 2_990_000, 1, LAYERS),
