@@ -42,7 +42,7 @@ class Child:
         self._until = float("inf")
         self._killed = False
         self._turn = Path(self._folder.name, "turn")
-        given = {**job, "results": str(self._results), "turn": str(self._turn)}
+        given = {**job, "results": str(self._results), "turn": str(self._turn), "alone": device is None}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, script, "--child", json.dumps(given)],
@@ -114,16 +114,9 @@ def _environment(job: dict[str, Any], device: int | None, cache: str) -> dict[st
     env |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     env.setdefault("VLLM_LOGGING_LEVEL", "INFO" if job.get("verbose") else "ERROR")
     if device is not None:
-        env["MASTER_PORT"] = str(free_port())  # TRL would choose the same one in all
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         env["CUDA_VISIBLE_DEVICES"] = visible[device] if visible != [""] else str(device)
     return env
-
-
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("", 0))
-        return int(asked.getsockname()[1])
 
 
 def run(
@@ -182,7 +175,7 @@ def run(
 
 
 def share_of_processors(number: int, at_once: int) -> list[int]:
-    """Those of one of so many processes: neighbours, as a processor's threads and the cores of one cache are."""
+    """Those of one of so many processes that run at the same time."""
     mine = sorted(os.sched_getaffinity(0))
     each = max(1, len(mine) // at_once)
     first = number * each % len(mine)
@@ -234,6 +227,14 @@ def my_turn(job: dict[str, Any]) -> None:
             raise SystemExit("the script that started this process is gone")
         time.sleep(0.05)
     job["deadline"] = float(turn.read_text())
+    if not job["alone"]:  # TRL would choose the same port in all
+        os.environ["MASTER_PORT"] = str(free_port())
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("", 0))
+        return int(asked.getsockname()[1])
 
 
 def pass_on(job: dict[str, Any]) -> None:
