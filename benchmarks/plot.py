@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("."), help="where the plots go")
     parser.add_argument("--model", help="of all that is in the files")
-    parser.add_argument("--method")
+    parser.add_argument("--method", help="likewise")
     options = parser.parse_args()
     wanted = {name: getattr(options, name) for name in ("model", "method") if getattr(options, name) is not None}
     results: dict[str, Any] = {}

@@ -42,7 +42,7 @@ class Child:
         self._until = float("inf")
         self._killed = False
         self._turn = Path(self._folder.name, "turn")
-        given = {**job, "results": str(self._results), "turn": str(self._turn), "alone": device is None}
+        given = {**job, "results": str(self._results), "turn": str(self._turn), "at_once": device is not None}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, script, "--child", json.dumps(given)],
@@ -227,7 +227,7 @@ def my_turn(job: dict[str, Any]) -> None:
             raise SystemExit("the script that started this process is gone")
         time.sleep(0.05)
     job["deadline"] = float(turn.read_text())
-    if not job["alone"]:  # TRL would choose the same port in all
+    if job["at_once"]:  # TRL would choose the same port in all
         os.environ["MASTER_PORT"] = str(free_port())
 
 

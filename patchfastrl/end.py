@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from vllm.platforms import current_platform
 
-from . import guards, memory
+from . import garbage, guards, memory
 from .compat import cpu_heap, cpu_standby, cuda_graphs, cuda_slot_addresses, cuda_weight_pool, worker_asleep
 from .config_folder import ConfigFolder
 from .copies import Scratch
@@ -56,7 +56,7 @@ def discard(
         last_first.callback(folder.cleanup)
         last_first.callback(engine.engine_core.shutdown)
         guards.release(keys)
-        memory.collect_rarely(any(True for _ in live))  # its length counts those that are being collected
+        garbage.collect_rarely(any(True for _ in live))  # its length counts those that are being collected
         try:
             reach()
         except StandbyError:

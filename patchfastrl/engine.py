@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 from . import (
     adapters,
     end,
+    garbage,
     guards,
     install,
     materialise,
@@ -312,7 +313,7 @@ def build(
         kv_blocks.limit(llm)
         _prepare_training(llm, model)
         live.add(llm)
-        memory.collect_rarely(True)
+        garbage.collect_rarely(True)
         guards.protect(llm)
         audit(llm)
 

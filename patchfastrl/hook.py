@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import ast
 import atexit
-import contextlib
 import gc
 import importlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-from . import live
+from . import garbage, live
 from .errors import PatchFastRLError, SeamError
 from .rewrite import RUNTIME, RUNTIME_MODULE, Rewritten, changed_attributes, class_lines, digest, extract, locate
 
@@ -286,7 +285,7 @@ class Loader:
         module.__loader__ = self._upstream
         if module.__spec__ is not None:
             module.__spec__.loader = self._upstream
-        with _garbage_left():
+        with garbage.left():
             self._upstream.exec_module(module)
         if self._finish is not None:
             self._finish(self._patch, module)
@@ -295,21 +294,6 @@ class Loader:
         if name.startswith("__") or name == "_upstream":  # copy and pickle ask before there is an upstream
             raise AttributeError(name)
         return getattr(self._upstream, name)
-
-
-@contextlib.contextmanager
-def _garbage_left() -> Iterator[None]:
-    """No garbage collection: what TRL imports, vLLM among it, makes a million objects that stay.
-
-    To go through them again and again takes Python a tenth of that time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class RewritingLoader(Loader):

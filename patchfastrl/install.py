@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import importlib.util
@@ -10,12 +9,13 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import garbage
 from .errors import PatchFastRLError, SeamError, UnsupportedError
 from .seam import Seam, choose, variants
 
@@ -113,7 +113,7 @@ def PatchFastRL(
                 use_vllm, strict, gpu_memory_utilization, max_model_length, rollouts, fused_training, recompute
             )
             if _installation is None or not _installation.active:
-                with _collector_off():
+                with garbage.left():
                     installation = Installation(strict=strict)
                 installation.install()
                 _installation = installation
@@ -191,18 +191,6 @@ def _live_trainers() -> list[str]:
         gc.collect()  # a trainer and its callbacks refer to each other
         alive = runtime.live_trainers()
     return alive
-
-
-@contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
-    """Keep the garbage collector from walking all of torch while a syntax tree is allocated: a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _seams() -> Sequence[Seam]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,25 +24,6 @@ _BLOCK = 128  # tokens; no vLLM backend uses larger KV blocks by default
 def gib(n: int) -> str:
     """`n` bytes for a person: MiB below one GiB."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
-
-
-_threshold: int | None = None  # Python's own, while ours is in place
-
-
-def collect_rarely(wanted: bool) -> None:
-    """Full garbage collections a hundred times as far apart as Python has them, or back to Python's.
-
-    One takes 0.7 s for all that TRL and vLLM import, and the outputs of a batch bring one about. vLLM avoids it by
-    freezing the heap for good, which would keep a trainer that nobody uses any more, and its engine, alive.
-    """
-    global _threshold
-    first, second, third = gc.get_threshold()
-    if wanted and _threshold is None:
-        _threshold = third
-        gc.set_threshold(first, second, 100 * third)
-    elif not wanted and _threshold is not None:
-        gc.set_threshold(first, second, _threshold)
-        _threshold = None
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from packaging.version import Version
 
+from . import garbage
 from .errors import SeamError
 from .hook import ModulePatch
-from .install import _collector_off
 from .rewrite import Source, locate, rewrite
 from .seam import Seam, choose, variants
 from .wheels import Package, Wheels, published
@@ -71,7 +71,7 @@ def check(package: Package) -> Check:
     by_file: dict[str, list[Seam]] = {}
     for seam in seams:
         by_file.setdefault(seam.file, []).append(seam)
-    with _collector_off():
+    with garbage.left():
         breaks = [found for file, group in by_file.items() for found in _breaks(package.root / file, group)]
     return Check(package, written_for, tuple(seams), tuple(breaks))
 
