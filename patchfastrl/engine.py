@@ -49,6 +49,7 @@ from .compat import (
     cpu_rms_norm,
     cpu_standby,
     cuda_free_blocks,
+    cuda_pieces,
     cuda_slot_addresses,
     cuda_weight_pool,
     expert_slots,
@@ -221,7 +222,7 @@ def build(
         ahead = training.compile_ahead(model, args)
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
-    def on_load(engine_model: nn.Module) -> None:
+    def on_load(engine_model: nn.Module, config: Any) -> None:
         if ahead is not None:
             ahead.result()  # from here on vLLM measures memory, and what runs on the GPU
         made["model"] = engine_model
@@ -232,6 +233,8 @@ def build(
         made["shared"] = sharing.Shared.of(model, engine_model, layout)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
+        elif compiled and "compilation_config" not in kwargs:
+            cuda_pieces.use(engine_model, config)
 
     def on_profiled(worker: Any) -> int:
         memory.return_cached()

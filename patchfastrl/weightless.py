@@ -26,7 +26,7 @@ _LOOKS = {  # at a tensor, not into it
 
 
 def as_loader(on_load: Any) -> type:
-    """A vLLM model loader class whose `load_weights` is `on_load(engine_model)`; `load_model` builds without memory."""
+    """A vLLM model loader class: models are built without memory, then `on_load(engine_model, vllm_config)`."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class SharedWeightLoader(BaseModelLoader):
@@ -47,12 +47,13 @@ def as_loader(on_load: Any) -> type:
                     "while loading (multi-head latent attention), so it would not follow the trainer's. Train this "
                     "model with stock TRL (leave PatchFastRL() out)."
                 )
+            self._config = vllm_config
             with without_memory() as self._end:
                 return super().load_model(vllm_config, model_config, *args, **kwargs)
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             self._end()
-            on_load(model)
+            on_load(model, self._config)
 
     return SharedWeightLoader
 

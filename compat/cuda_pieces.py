@@ -1,0 +1,150 @@
+"""On a GPU what lies between an engine's products and attention is compiled piece by piece, and decoding is graphs.
+
+Requirement: vLLM on CUDA, 0.26 (seen) and newer; models whose layers are in `_LAYERS`. Others vLLM compiles whole.
+Reason: compiling a whole model is 20 s of some 40 until an engine is ready. What it gains in these layers are norms,
+the activation and the rotation, which take vLLM's own kernels longer: 5.3 ms a token instead of 5.1 (8B, an H200).
+Link: vllm/compilation/decorators.py, `support_torch_compile`; vllm/model_executor/custom_op.py, `CustomOp`
+Until: vLLM compiles a model in a few seconds.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
+from .versions import installed
+
+_LAYERS = {  # those whose forward is products, attention and the pieces below, and nothing else
+    "vllm.model_executor.models.llama.LlamaDecoderLayer",
+    "vllm.model_executor.models.qwen2.Qwen2DecoderLayer",
+    "vllm.model_executor.models.qwen3.Qwen3DecoderLayer",
+}
+
+
+def use(engine_model: nn.Module, config: Any) -> bool:
+    """Let this model run in compiled pieces if it can, before it runs for the first time.
+
+    Args:
+        config: vLLM's, which is changed then.
+    """
+    version = installed("vllm")
+    if version is None or version < Version("0.26") or not _fits(engine_model, config):
+        return False
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    compile_pieces(engine_model)
+    for module in engine_model.modules():
+        if hasattr(module, "do_not_compile"):
+            module.do_not_compile = True
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    return True
+
+
+def _fits(engine_model: nn.Module, config: Any) -> bool:
+    """vLLM would compile it, it has nothing that would lose by it, and its decoding fits into graphs."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    chosen = config.compilation_config
+    if chosen.mode != CompilationMode.VLLM_COMPILE or chosen.cudagraph_mode != CUDAGraphMode.FULL_AND_PIECEWISE:
+        return False
+    layers = getattr(getattr(engine_model, "model", None), "layers", None)
+    if not layers or any(f"{type(layer).__module__}.{type(layer).__qualname__}" not in _LAYERS for layer in layers):
+        return False
+    if not all(_kind(module) for module in _custom(engine_model)):
+        return False
+    for layer in chosen.static_forward_context.values():
+        graphs = layer.get_attn_backend().get_builder_cls().get_cudagraph_support
+        if graphs(config, layer.get_kv_cache_spec(config)) == AttentionCGSupport.NEVER:
+            return False
+    return True
+
+
+def compile_pieces(engine_model: nn.Module) -> None:
+    """Each norm, activation and rotation computes with what torch compiles of vLLM's own definition, as of now."""
+    from vllm import ir
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    norm = _compiled(ir.ops.rms_norm.impls["native"].impl_fn, 1)
+    add_norm = _compiled(ir.ops.fused_add_rms_norm.impls["native"].impl_fn, 2)
+    activation, rotation = _compiled(SiluAndMul.forward_native, 1), _compiled(RotaryEmbedding.forward_static, 3)
+
+    def of_norm(module: Any) -> Callable[..., Any]:
+        def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+            if residual is None:
+                return norm(x, module.weight, module.variance_epsilon)
+            return add_norm(x, residual, module.weight, module.variance_epsilon)
+
+        return forward
+
+    def of_rotation(module: Any) -> Callable[..., Any]:
+        size, rotated, neox = module.head_size, module.rotary_dim, module.is_neox_style
+
+        def forward(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+            return rotation(positions, query, key, size, rotated, module._match_cos_sin_cache_dtype(query), neox)
+
+        return forward
+
+    for module in _custom(engine_model):
+        match _kind(module):
+            case "norm":
+                module._forward_method = of_norm(module)
+            case "activation":
+                module._forward_method = activation
+            case "rotation":
+                module._forward_method = of_rotation(module)
+
+
+def _custom(engine_model: nn.Module) -> list[nn.Module]:
+    """What vLLM has kernels of its own for. (A `RotaryEmbedding` calls the one that it contains in no way of ours.)"""
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+
+    return [m for m in engine_model.modules() if isinstance(m, CustomOp) and type(m) is not ApplyRotaryEmb]
+
+
+def _kind(module: nn.Module) -> str | None:
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    if type(module) is RMSNorm and module.pass_weight and module.variance_size_override is None:
+        return "norm"
+    if type(module) is SiluAndMul:
+        return "activation"
+    if isinstance(module, RotaryEmbedding) and type(module).forward_native is RotaryEmbedding.forward_native:
+        return "rotation"
+    return None
+
+
+def _compiled(function: Any, rows: int) -> Callable[..., Any]:
+    """`function`, compiled once for any number of rows: the first dimension of its first `rows` arguments.
+
+    What it is compiled for otherwise (shapes of a row, numbers) gets a code object of its own, as torch keeps few
+    variants of one.
+    """
+    from torch.fx.experimental import _config
+
+    made: dict[Any, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        key = tuple(a.shape[1:] if isinstance(a, torch.Tensor) else a for a in args)
+        if (compiled := made.get(key)) is not None:
+            return compiled(*args)
+        code = function.__code__.replace()
+        anew = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+        made[key] = torch.compile(anew, fullgraph=True)
+        for tensor in args[:rows]:
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0)
+        with _config.patch(backed_size_oblivious=True):  # a single row is no case of its own
+            return made[key](*args)
+
+    return call

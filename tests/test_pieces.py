@@ -1,0 +1,129 @@
+"""An engine's norms, activations and rotations compiled piece by piece: vLLM's numbers, and which models it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from packaging.version import Version
+
+from patchfastrl.compat import cuda_pieces
+
+pytest.importorskip("vllm.ir", reason="a vLLM that compiles whole models only")
+
+PROMPT = tiny.ids(24)
+# norms, norms of sums, activation, rotation; norms of the heads of queries and of keys
+PIECES = {"llama": 4, "qwen2": 4, "qwen3": 6}
+
+
+@pytest.fixture
+def engine_of() -> Iterator[Any]:
+    from patchfastrl import engine
+
+    def build(family: str) -> Any:
+        return engine.build(tiny.model(family), None, max_model_len=128, max_num_seqs=8)
+
+    yield build
+    for llm in list(engine.live):
+        llm.close("the test is over.")
+
+
+def scores(llm: Any, prompts: int) -> torch.Tensor:
+    """Log-probabilities of the tokens of prompts of different lengths, and of what follows."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=6, prompt_logprobs=0, logprobs=0, ignore_eos=True)
+    asked = [{"prompt_token_ids": PROMPT[: 24 - i]} for i in range(prompts)]
+    found = []
+    llm.drop_prefixes()
+    for output in llm.generate(asked, sampling_params=params, use_tqdm=False):
+        entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        found += [next(iter(entry.values())).logprob for entry in entries]
+    return torch.tensor(found)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("family", PIECES)
+def test_compiled_pieces_compute_what_vllm_computes(
+    family: str, engine_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # the other tests compile nothing
+    llm = engine_of(family)
+    before = [scores(llm, prompts) for prompts in (8, 1, 3)]
+    model = llm.shared.engine_model
+    forwards = [m._forward_method for m in cuda_pieces._custom(model)]
+    cuda_pieces.compile_pieces(model)
+    assert all(m._forward_method is not f for m, f in zip(cuda_pieces._custom(model), forwards, strict=True))
+    counters.clear()
+    for prompts, wanted in zip((8, 1, 3), before, strict=True):
+        torch.testing.assert_close(scores(llm, prompts), wanted, rtol=1e-4, atol=1e-4)
+    made = counters["stats"]["unique_graphs"]
+    assert PIECES[family] <= made <= PIECES[family] + 1, "one for each piece, and one for a rotation of a single row"
+    llm.shared.parameters["model.norm.weight"].data.mul_(2.0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(scores(llm, 8), before[0], rtol=1e-2, atol=1e-2)
+    assert counters["stats"]["unique_graphs"] == made
+
+
+def compiled_by_vllm(monkeypatch: pytest.MonkeyPatch, model: Any, config: Any, support: str = "ALWAYS") -> Any:
+    """What a GPU's engine is configured with, whose attention goes into graphs as far as `support` says."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    layers = config.compilation_config.static_forward_context
+    builder = next(iter(layers.values())).get_attn_backend().get_builder_cls()
+    monkeypatch.setattr(builder, "get_cudagraph_support", lambda *args: AttentionCGSupport[support])
+    for module in (model, model.model):
+        module.do_not_compile = False
+    return SimpleNamespace(
+        cache_config=config.cache_config,
+        compilation_config=SimpleNamespace(
+            mode=CompilationMode.VLLM_COMPILE,
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+            static_forward_context=layers,
+        ),
+    )
+
+
+@pytest.mark.parametrize(("family", "fits"), [("llama", True), ("qwen3", True), ("gemma", False), ("qwen3-moe", False)])
+def test_which_models_it_fits(family: str, fits: bool, engine_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    llm = engine_of(family)
+    model = llm.shared.engine_model
+    config = compiled_by_vllm(monkeypatch, model, llm.llm_engine.vllm_config)
+    chosen = config.compilation_config
+    forwards = [m._forward_method for m in cuda_pieces._custom(model)]
+    assert cuda_pieces.use(model, config) is fits
+    assert (chosen.mode, chosen.cudagraph_mode) == (
+        (CompilationMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+        if fits
+        else (CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE)
+    )
+    assert model.model.do_not_compile is fits
+    assert fits or forwards == [m._forward_method for m in cuda_pieces._custom(model)]
+
+
+def test_where_vllm_compiles_as_before(engine_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    llm = engine_of("llama")
+    model, real = llm.shared.engine_model, llm.llm_engine.vllm_config
+    config = compiled_by_vllm(monkeypatch, model, real, support="NEVER")
+    assert not cuda_pieces.use(model, config), "its attention goes into no graph"
+    for name, value in (("mode", CompilationMode.NONE), ("cudagraph_mode", CUDAGraphMode.PIECEWISE)):
+        config = compiled_by_vllm(monkeypatch, model, real)
+        setattr(config.compilation_config, name, value)
+        assert not cuda_pieces.use(model, config), name
+    config = compiled_by_vllm(monkeypatch, model, real)
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_pieces, "installed", lambda name: Version("0.25.1"))
+        assert not cuda_pieces.use(model, config)
+    assert config.compilation_config.mode == CompilationMode.VLLM_COMPILE
+    assert cuda_pieces.use(model, config)
