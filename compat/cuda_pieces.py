@@ -19,10 +19,10 @@ from torch import nn
 
 from .versions import installed
 
-_LAYERS = {  # those whose forward is products, attention and the pieces below, and nothing else
+# Those whose forward is products, attention and the pieces below, with a product or attention between any two of them.
+_LAYERS = {
     "vllm.model_executor.models.llama.LlamaDecoderLayer",
     "vllm.model_executor.models.qwen2.Qwen2DecoderLayer",
-    "vllm.model_executor.models.qwen3.Qwen3DecoderLayer",
 }
 
 
@@ -32,12 +32,11 @@ def use(engine_model: nn.Module, config: Any) -> bool:
     Args:
         config: vLLM's, which is changed then.
     """
-    version = installed("vllm")
-    if version is None or version < Version("0.26") or not _fits(engine_model, config):
+    if (installed("vllm") or Version("0")) < Version("0.26") or not _fits(engine_model, config):
         return False
     from vllm.config import CompilationMode, CUDAGraphMode
 
-    compile_pieces(engine_model)
+    compile_pieces(engine_model, config)
     for module in engine_model.modules():
         if hasattr(module, "do_not_compile"):
             module.do_not_compile = True
@@ -66,15 +65,18 @@ def _fits(engine_model: nn.Module, config: Any) -> bool:
     return True
 
 
-def compile_pieces(engine_model: nn.Module) -> None:
+def compile_pieces(engine_model: nn.Module, config: Any) -> None:
     """Each norm, activation and rotation computes with what torch compiles of vLLM's own definition, as of now."""
+    settings = config.compilation_config.inductor_compile_config
+    options = {name: value for name, value in settings.items() if isinstance(value, bool)}  # the others are passes
     from vllm import ir
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-    norm = _compiled(ir.ops.rms_norm.impls["native"].impl_fn, 1)
-    add_norm = _compiled(ir.ops.fused_add_rms_norm.impls["native"].impl_fn, 2)
-    activation, rotation = _compiled(SiluAndMul.forward_native, 1), _compiled(RotaryEmbedding.forward_static, 3)
+    norm = _compiled(ir.ops.rms_norm.impls["native"].impl_fn, 1, options)
+    add_norm = _compiled(ir.ops.fused_add_rms_norm.impls["native"].impl_fn, 2, options)
+    activation = _compiled(SiluAndMul.forward_native, 1, options)
+    rotation = _compiled(RotaryEmbedding.forward_static, 3, options)
 
     def of_norm(module: Any) -> Callable[..., Any]:
         def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -124,11 +126,10 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def _compiled(function: Any, rows: int) -> Callable[..., Any]:
-    """`function`, compiled once for any number of rows: the first dimension of its first `rows` arguments.
+def _compiled(function: Any, rows: int, options: dict[str, Any]) -> Callable[..., Any]:
+    """`function`, compiled for any number of rows: the first dimension of its first `rows` arguments.
 
-    What it is compiled for otherwise (shapes of a row, numbers) gets a code object of its own, as torch keeps few
-    variants of one.
+    Rows of another shape, and other numbers, get code objects of their own: torch keeps few variants of one.
     """
     from torch.fx.experimental import _config
 
@@ -140,10 +141,9 @@ def _compiled(function: Any, rows: int) -> Callable[..., Any]:
             return compiled(*args)
         code = function.__code__.replace()
         anew = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-        made[key] = torch.compile(anew, fullgraph=True)
-        for tensor in args[:rows]:
-            if tensor is not None:
-                torch._dynamo.mark_dynamic(tensor, 0)
+        made[key] = torch.compile(anew, fullgraph=True, options=options)
+        for tensor in (a for a in args[:rows] if a is not None):
+            torch._dynamo.mark_dynamic(tensor, 0)
         with _config.patch(backed_size_oblivious=True):  # a single row is no case of its own
             return made[key](*args)
 
