@@ -27,11 +27,7 @@ _LAYERS = {
 
 
 def use(engine_model: nn.Module, config: Any) -> bool:
-    """Let this model run in compiled pieces if it can, before it runs for the first time.
-
-    Args:
-        config: vLLM's, which is changed then.
-    """
+    """Let this model run in compiled pieces if it can, before it runs for the first time; vLLM's `config` is changed."""
     if (installed("vllm") or Version("0")) < Version("0.26") or not _fits(engine_model, config):
         return False
     from vllm.config import CompilationMode, CUDAGraphMode
@@ -46,23 +42,25 @@ def use(engine_model: nn.Module, config: Any) -> bool:
 
 
 def _fits(engine_model: nn.Module, config: Any) -> bool:
-    """vLLM would compile it, it has nothing that would lose by it, and its decoding fits into graphs."""
+    """vLLM would compile it, nothing in it would lose by it, graphs can hold its decoding. (Not tried: a LoRA slot.)"""
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.v1.attention.backend import AttentionCGSupport
 
     chosen = config.compilation_config
-    if chosen.mode != CompilationMode.VLLM_COMPILE or chosen.cudagraph_mode != CUDAGraphMode.FULL_AND_PIECEWISE:
+    usual = (CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE)
+    if (chosen.mode, chosen.cudagraph_mode) != usual or config.lora_config is not None:
         return False
-    layers = getattr(getattr(engine_model, "model", None), "layers", None)
-    if not layers or any(f"{type(layer).__module__}.{type(layer).__qualname__}" not in _LAYERS for layer in layers):
+    kinds = {type(layer) for layer in getattr(getattr(engine_model, "model", None), "layers", ())}
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
+    if not names or not names <= _LAYERS or not all(_kind(module) for module in _custom(engine_model)):
         return False
-    if not all(_kind(module) for module in _custom(engine_model)):
-        return False
-    for layer in chosen.static_forward_context.values():
-        graphs = layer.get_attn_backend().get_builder_cls().get_cudagraph_support
-        if graphs(config, layer.get_kv_cache_spec(config)) == AttentionCGSupport.NEVER:
-            return False
-    return True
+    return all(
+        attention.get_attn_backend()
+        .get_builder_cls()
+        .get_cudagraph_support(config, attention.get_kv_cache_spec(config))
+        != AttentionCGSupport.NEVER
+        for attention in chosen.static_forward_context.values()
+    )
 
 
 def compile_pieces(engine_model: nn.Module, config: Any) -> None:
@@ -87,10 +85,9 @@ def compile_pieces(engine_model: nn.Module, config: Any) -> None:
         return forward
 
     def of_rotation(module: Any) -> Callable[..., Any]:
-        size, rotated, neox = module.head_size, module.rotary_dim, module.is_neox_style
-
         def forward(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
-            return rotation(positions, query, key, size, rotated, module._match_cos_sin_cache_dtype(query), neox)
+            cache = module._match_cos_sin_cache_dtype(query)
+            return rotation(positions, query, key, module.head_size, module.rotary_dim, cache, module.is_neox_style)
 
         return forward
 

@@ -83,6 +83,7 @@ def compiled_by_vllm(monkeypatch: pytest.MonkeyPatch, model: Any, config: Any, s
         module.do_not_compile = False
     return SimpleNamespace(
         cache_config=config.cache_config,
+        lora_config=None,
         compilation_config=SimpleNamespace(
             mode=CompilationMode.VLLM_COMPILE,
             cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
@@ -124,6 +125,9 @@ def test_where_vllm_compiles_as_before(engine_of: Any, monkeypatch: pytest.Monke
         config = compiled_by_vllm(monkeypatch, model, real)
         setattr(config.compilation_config, name, value)
         assert not cuda_pieces.use(model, config), name
+    config = compiled_by_vllm(monkeypatch, model, real)
+    config.lora_config = object()
+    assert not cuda_pieces.use(model, config), "a LoRA slot"
     config = compiled_by_vllm(monkeypatch, model, real)
     with monkeypatch.context() as patched:
         patched.setattr(cuda_pieces, "installed", lambda name: Version("0.25.1"))
