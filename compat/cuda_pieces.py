@@ -27,7 +27,7 @@ _LAYERS = {
 
 
 def use(engine_model: nn.Module, config: Any) -> bool:
-    """Let this model run in compiled pieces if it can, before it runs for the first time; vLLM's `config` is changed."""
+    """Let this model run in compiled pieces if it can, before it first runs; vLLM's `config` is changed."""
     if (installed("vllm") or Version("0")) < Version("0.26") or not _fits(engine_model, config):
         return False
     from vllm.config import CompilationMode, CUDAGraphMode
