@@ -50,17 +50,18 @@ def _fits(engine_model: nn.Module, config: Any) -> bool:
     usual = (CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE)
     if (chosen.mode, chosen.cudagraph_mode) != usual or config.lora_config is not None:
         return False
-    kinds = {type(layer) for layer in getattr(getattr(engine_model, "model", None), "layers", ())}
-    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
-    if not names or not names <= _LAYERS or not all(_kind(module) for module in _custom(engine_model)):
+    layers = list(getattr(getattr(engine_model, "model", None), "layers", ()))
+    if not layers or not {f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers} <= _LAYERS:
         return False
-    return all(
-        attention.get_attn_backend()
-        .get_builder_cls()
-        .get_cudagraph_support(config, attention.get_kv_cache_spec(config))
-        != AttentionCGSupport.NEVER
-        for attention in chosen.static_forward_context.values()
-    )
+    if any(getattr(layer.self_attn, "qk_norm", False) for layer in layers):  # rotated with its norms in one kernel
+        return False
+    if not all(_kind(m) for m in [*_custom(engine_model), *(layer.self_attn.rotary_emb for layer in layers)]):
+        return False
+    for attention in chosen.static_forward_context.values():
+        builder = attention.get_attn_backend().get_builder_cls()
+        if builder.get_cudagraph_support(config, attention.get_kv_cache_spec(config)) == AttentionCGSupport.NEVER:
+            return False
+    return True
 
 
 def compile_pieces(engine_model: nn.Module, config: Any) -> None:
@@ -118,7 +119,8 @@ def _kind(module: nn.Module) -> str | None:
         return "norm"
     if type(module) is SiluAndMul:
         return "activation"
-    if isinstance(module, RotaryEmbedding) and type(module).forward_native is RotaryEmbedding.forward_native:
+    forwards = ("forward", "forward_cuda", "forward_native", "forward_static")
+    if all(getattr(type(module), name, None) is getattr(RotaryEmbedding, name) for name in forwards):
         return "rotation"
     return None
 

@@ -129,6 +129,14 @@ def test_where_vllm_compiles_as_before(engine_of: Any, monkeypatch: pytest.Monke
     config.lora_config = object()
     assert not cuda_pieces.use(model, config), "a LoRA slot"
     config = compiled_by_vllm(monkeypatch, model, real)
+    attention = model.model.layers[1].self_attn
+    with monkeypatch.context() as patched:
+        patched.setattr(attention, "qk_norm", True, raising=False)
+        assert not cuda_pieces.use(model, config), "vLLM would compile the norms of heads with the rotation"
+    with monkeypatch.context() as patched:
+        patched.setitem(attention._modules, "rotary_emb", torch.nn.Identity())
+        assert not cuda_pieces.use(model, config), "another rotation"
+    config = compiled_by_vllm(monkeypatch, model, real)
     with monkeypatch.context() as patched:
         patched.setattr(cuda_pieces, "installed", lambda name: Version("0.25.1"))
         assert not cuda_pieces.use(model, config)
