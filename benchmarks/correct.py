@@ -422,13 +422,15 @@ def stay_check(llm: Any, memory: Memory, stayed: bool) -> dict[str, Any]:
 
 
 def engine_check(llm: Any) -> dict[str, Any]:
-    """That what is checked is what users run: compiled and graphed on a GPU."""
+    """That what is checked is what users run: compiled and graphed on a GPU, piece by piece where it can be."""
     config = llm.llm_engine.vllm_config
     mode = getattr(config.compilation_config.cudagraph_mode, "name", None)
     eager = config.model_config.enforce_eager
+    in_pieces = llm.slot is None and type(llm.shared.engine_model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM")
+    wanted = "FULL_DECODE_ONLY" if in_pieces else "FULL_AND_PIECEWISE"
     return {
         "check": "the engine is compiled and uses CUDA graphs" if on_gpu() else "the engine is eager on a CPU",
-        "passed": (not eager and mode not in (None, "NONE")) if on_gpu() else eager,
+        "passed": (not eager and mode == wanted) if on_gpu() else eager,
         "cudagraph_mode": str(mode),
         "compilation": str(getattr(config.compilation_config, "mode", None)),
         "merged": llm.merges,

@@ -9,13 +9,14 @@ Until: vLLM compiles a model in a few seconds.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import nn
+
+from patchfastrl.compiled import for_any_rows
 
 from .versions import installed
 
@@ -36,19 +37,22 @@ def use(engine_model: nn.Module, config: Any) -> bool:
     for module in engine_model.modules():
         if hasattr(module, "do_not_compile"):
             module.do_not_compile = True
+            module.cleanup()  # a hook that would keep it for good
     config.compilation_config.mode = CompilationMode.NONE
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
     return True
 
 
 def _fits(engine_model: nn.Module, config: Any) -> bool:
-    """vLLM would compile it, nothing in it would lose by it, graphs can hold its decoding. (Not tried: a LoRA slot.)"""
+    """vLLM would compile it, nothing would lose by it, graphs can hold its decoding. (A LoRA slot: not tried.)"""
+    from vllm import envs
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.v1.attention.backend import AttentionCGSupport
 
     chosen = config.compilation_config
     usual = (CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE)
-    if (chosen.mode, chosen.cudagraph_mode) != usual or config.lora_config is not None:
+    more = (config.lora_config, config.speculative_config, envs.VLLM_BATCH_INVARIANT or None)
+    if (chosen.mode, chosen.cudagraph_mode) != usual or any(wanted is not None for wanted in more):
         return False
     layers = list(getattr(getattr(engine_model, "model", None), "layers", ()))
     if not layers or not {f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers} <= _LAYERS:
@@ -70,12 +74,12 @@ def compile_pieces(engine_model: nn.Module, config: Any) -> None:
     options = {name: value for name, value in settings.items() if isinstance(value, bool)}  # the others are passes
     from vllm import ir
     from vllm.model_executor.layers.activation import SiluAndMul
-    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, RotaryEmbedding
 
-    norm = _compiled(ir.ops.rms_norm.impls["native"].impl_fn, 1, options)
-    add_norm = _compiled(ir.ops.fused_add_rms_norm.impls["native"].impl_fn, 2, options)
-    activation = _compiled(SiluAndMul.forward_native, 1, options)
-    rotation = _compiled(RotaryEmbedding.forward_static, 3, options)
+    norm = for_any_rows(ir.ops.rms_norm.impls["native"].impl_fn, 1, options)
+    add_norm = for_any_rows(ir.ops.fused_add_rms_norm.impls["native"].impl_fn, 2, options)
+    activation = for_any_rows(SiluAndMul.forward_native, 1, options)
+    rotation = for_any_rows(RotaryEmbedding.forward_static, 3, options)
 
     def of_norm(module: Any) -> Callable[..., Any]:
         def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -100,6 +104,8 @@ def compile_pieces(engine_model: nn.Module, config: Any) -> None:
                 module._forward_method = activation
             case "rotation":
                 module._forward_method = of_rotation(module)
+                for key in [key for key, known in _ROPE_DICT.items() if known is module]:
+                    del _ROPE_DICT[key]  # of which the next model would get it
 
 
 def _custom(engine_model: nn.Module) -> list[nn.Module]:
@@ -116,34 +122,10 @@ def _kind(module: nn.Module) -> str | None:
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
     if type(module) is RMSNorm and module.pass_weight and module.variance_size_override is None:
-        return "norm"
+        return "norm" if module.weight.data_ptr() % 16 == 0 else None  # one kernel for all
     if type(module) is SiluAndMul:
         return "activation"
     forwards = ("forward", "forward_cuda", "forward_native", "forward_static")
     if all(getattr(type(module), name, None) is getattr(RotaryEmbedding, name) for name in forwards):
         return "rotation"
     return None
-
-
-def _compiled(function: Any, rows: int, options: dict[str, Any]) -> Callable[..., Any]:
-    """`function`, compiled for any number of rows: the first dimension of its first `rows` arguments.
-
-    Rows of another shape, and other numbers, get code objects of their own: torch keeps few variants of one.
-    """
-    from torch.fx.experimental import _config
-
-    made: dict[Any, Callable[..., Any]] = {}
-
-    def call(*args: Any) -> Any:
-        key = tuple(a.shape[1:] if isinstance(a, torch.Tensor) else a for a in args)
-        if (compiled := made.get(key)) is not None:
-            return compiled(*args)
-        code = function.__code__.replace()
-        anew = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-        made[key] = torch.compile(anew, fullgraph=True, options=options)
-        for tensor in (a for a in args[:rows] if a is not None):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        with _config.patch(backed_size_oblivious=True):  # a single row is no case of its own
-            return made[key](*args)
-
-    return call

@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 
 from patchfastrl.compat import cuda_pieces
+from patchfastrl.compiled import for_any_rows
 
 pytest.importorskip("vllm.ir", reason="a vLLM that compiles whole models only")
 
@@ -52,6 +53,7 @@ def test_compiled_pieces_compute_what_vllm_computes(
     family: str, engine_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.utils import counters
+    from vllm.model_executor.layers import rotary_embedding
 
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # the other tests compile nothing
     llm = engine_of(family)
@@ -65,6 +67,8 @@ def test_compiled_pieces_compute_what_vllm_computes(
         torch.testing.assert_close(scores(llm, prompts), wanted, rtol=1e-4, atol=1e-4)
     made = counters["stats"]["unique_graphs"]
     assert PIECES[family] <= made <= PIECES[family] + 1, "one for each piece, and one for a rotation of a single row"
+    rotation = next(m for m in cuda_pieces._custom(model) if cuda_pieces._kind(m) == "rotation")
+    assert not any(known is rotation for known in rotary_embedding._ROPE_DICT.values()), "for the next model"
     llm.shared.parameters["model.norm.weight"].data.mul_(2.0)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(scores(llm, 8), before[0], rtol=1e-2, atol=1e-2)
@@ -79,11 +83,11 @@ def compiled_by_vllm(monkeypatch: pytest.MonkeyPatch, model: Any, config: Any, s
     layers = config.compilation_config.static_forward_context
     builder = next(iter(layers.values())).get_attn_backend().get_builder_cls()
     monkeypatch.setattr(builder, "get_cudagraph_support", lambda *args: AttentionCGSupport[support])
-    for module in (model, model.model):
-        module.do_not_compile = False
+    model.model.do_not_compile, model.model.cleanup = False, lambda: None
     return SimpleNamespace(
         cache_config=config.cache_config,
         lora_config=None,
+        speculative_config=None,
         compilation_config=SimpleNamespace(
             mode=CompilationMode.VLLM_COMPILE,
             cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
@@ -115,7 +119,9 @@ def test_which_models_it_fits(family: str, fits: bool, engine_of: Any, monkeypat
 
 
 def test_where_vllm_compiles_as_before(engine_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm import envs
+    from vllm.config import CompilationMode, CUDAGraphMode, set_current_vllm_config
+    from vllm.model_executor.layers import activation
 
     llm = engine_of("llama")
     model, real = llm.shared.engine_model, llm.llm_engine.vllm_config
@@ -125,10 +131,21 @@ def test_where_vllm_compiles_as_before(engine_of: Any, monkeypatch: pytest.Monke
         config = compiled_by_vllm(monkeypatch, model, real)
         setattr(config.compilation_config, name, value)
         assert not cuda_pieces.use(model, config), name
+    for name in ("lora_config", "speculative_config"):
+        config = compiled_by_vllm(monkeypatch, model, real)
+        setattr(config, name, object())
+        assert not cuda_pieces.use(model, config), name
     config = compiled_by_vllm(monkeypatch, model, real)
-    config.lora_config = object()
-    assert not cuda_pieces.use(model, config), "a LoRA slot"
-    config = compiled_by_vllm(monkeypatch, model, real)
+    with monkeypatch.context() as patched:
+        patched.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)
+        assert not cuda_pieces.use(model, config), "the same bits in every batch"
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.norm, "pass_weight", False)
+        assert not cuda_pieces.use(model, config), "a norm of another kind"
+    with monkeypatch.context() as patched:
+        with set_current_vllm_config(real):
+            patched.setitem(model.model._modules, "another", activation.GeluAndMul())
+        assert not cuda_pieces.use(model, config), "something else that vLLM would compile"
     attention = model.model.layers[1].self_attn
     with monkeypatch.context() as patched:
         patched.setattr(attention, "qk_norm", True, raising=False)
@@ -142,3 +159,56 @@ def test_where_vllm_compiles_as_before(engine_of: Any, monkeypatch: pytest.Monke
         assert not cuda_pieces.use(model, config)
     assert config.compilation_config.mode == CompilationMode.VLLM_COMPILE
     assert cuda_pieces.use(model, config)
+
+
+def test_rows_of_each_shape_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    asked: list[Any] = []
+    compile_ = torch.compile
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(dict(kwargs["options"]))
+        return compile_(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    options = {"size_asserts": False}
+    counters.clear()
+    for _ in range(2):  # an engine, and the next one
+        double = for_any_rows(lambda x, factor: x * factor + x.shape[1], 1, options)
+        for width in (4, 6, 8):
+            for rows in (5, 1, 3):
+                x = torch.randn(rows, width)
+                torch.testing.assert_close(double(x, 2.0), x * 2 + width)
+        assert torch.equal(double(torch.ones(2, 4), 3.0), torch.full((2, 4), 7.0)), "another number"
+        torch.use_deterministic_algorithms(True)  # a setting of the process
+        try:
+            double(torch.ones(3, 4), 2.0)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert [o["size_asserts"] for o in asked] == [False] * 8
+    assert options == {"size_asserts": False}
+    assert counters["stats"]["unique_graphs"] == 8
+
+
+class AskedError(Exception):
+    """An engine on a CPU need not be compiled to find out."""
+
+
+def test_every_compiled_engine_is_asked(engine_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from patchfastrl import engine
+
+    def use(*args: Any) -> bool:
+        raise AskedError(args)
+
+    monkeypatch.setattr(cuda_pieces, "use", use)
+    assert engine_of("llama"), "an eager one is not"
+    settings = {"max_model_len": 128, "max_num_seqs": 8, "enforce_eager": False}
+    with pytest.raises(AskedError) as raised:
+        engine.build(tiny.model("llama"), None, **settings)
+    model, config = raised.value.args[0]
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert config.compilation_config is not None
+    with pytest.raises(RuntimeError, match="torch.compile"):  # is turned off in tests: vLLM does what it always does
+        engine.build(tiny.model("llama"), None, **settings, compilation_config={})
