@@ -192,6 +192,27 @@ def test_rows_of_each_shape_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -
     assert counters["stats"]["unique_graphs"] == 8
 
 
+def test_the_next_engines_rows_are_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    variables: list[int] = []
+    compile_ = torch.compile
+
+    def backend(module: Any, inputs: list[Any]) -> Any:
+        variables.append(sum(isinstance(i, torch.SymInt) for i in inputs))
+        return module.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph, options: compile_(f, fullgraph=fullgraph, backend=backend)
+    )
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x[..., : x.shape[-1] // 2] * 2
+
+    for width in (256, 512, 384):
+        assert for_any_rows(function, 1, {})(torch.ones(5, width)).shape == (5, width // 2)
+    assert variables == [1, 1, 1], "the number of rows"
+
+
 class AskedError(Exception):
     """An engine on a CPU need not be compiled to find out."""
 
