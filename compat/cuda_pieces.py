@@ -51,8 +51,9 @@ def _fits(engine_model: nn.Module, config: Any) -> bool:
 
     chosen = config.compilation_config
     usual = (CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE)
-    more = (config.lora_config, config.speculative_config, envs.VLLM_BATCH_INVARIANT or None)
-    if (chosen.mode, chosen.cudagraph_mode) != usual or any(wanted is not None for wanted in more):
+    if (chosen.mode, chosen.cudagraph_mode) != usual:
+        return False
+    if config.lora_config or config.speculative_config or envs.VLLM_BATCH_INVARIANT:
         return False
     layers = list(getattr(getattr(engine_model, "model", None), "layers", ()))
     if not layers or not {f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers} <= _LAYERS:
@@ -70,12 +71,12 @@ def _fits(engine_model: nn.Module, config: Any) -> bool:
 
 def compile_pieces(engine_model: nn.Module, config: Any) -> None:
     """Each norm, activation and rotation computes with what torch compiles of vLLM's own definition, as of now."""
-    settings = config.compilation_config.inductor_compile_config
-    options = {name: value for name, value in settings.items() if isinstance(value, bool)}  # the others are passes
     from vllm import ir
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, RotaryEmbedding
 
+    settings = config.compilation_config.inductor_compile_config
+    options = {name: value for name, value in settings.items() if isinstance(value, bool)}  # the others are passes
     norm = for_any_rows(ir.ops.rms_norm.impls["native"].impl_fn, 1, options)
     add_norm = for_any_rows(ir.ops.fused_add_rms_norm.impls["native"].impl_fn, 2, options)
     activation = for_any_rows(SiluAndMul.forward_native, 1, options)
@@ -105,11 +106,11 @@ def compile_pieces(engine_model: nn.Module, config: Any) -> None:
             case "rotation":
                 module._forward_method = of_rotation(module)
                 for key in [key for key, known in _ROPE_DICT.items() if known is module]:
-                    del _ROPE_DICT[key]  # of which the next model would get it
+                    del _ROPE_DICT[key]  # vLLM would give it to the next model
 
 
 def _custom(engine_model: nn.Module) -> list[nn.Module]:
-    """What vLLM has kernels of its own for. (A `RotaryEmbedding` calls the one that it contains in no way of ours.)"""
+    """What vLLM has kernels of its own for, but for the module in a `RotaryEmbedding`, which its definition does not call."""
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 

@@ -233,7 +233,7 @@ def build(
         made["shared"] = sharing.Shared.of(model, engine_model, layout)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
-        if compiled and "compilation_config" not in kwargs:
+        if compiled and "compilation_config" not in kwargs:  # what a caller chose stays
             cuda_pieces.use(engine_model, config)
 
     def on_profiled(worker: Any) -> int:
