@@ -110,7 +110,7 @@ def compile_pieces(engine_model: nn.Module, config: Any) -> None:
 
 
 def _custom(engine_model: nn.Module) -> list[nn.Module]:
-    """What vLLM has kernels of its own for, but for the module in a `RotaryEmbedding`, which its definition does not call."""
+    """What vLLM has kernels of its own for; not what is in a `RotaryEmbedding`, whose definition does not call it."""
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
