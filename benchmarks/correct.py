@@ -426,7 +426,7 @@ def engine_check(llm: Any) -> dict[str, Any]:
     config = llm.llm_engine.vllm_config
     mode = getattr(config.compilation_config.cudagraph_mode, "name", None)
     eager = config.model_config.enforce_eager
-    in_pieces = llm.slot is None and type(llm.shared.engine_model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM")
+    in_pieces = type(llm.shared.engine_model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM")
     wanted = "FULL_DECODE_ONLY" if in_pieces else "FULL_AND_PIECEWISE"
     return {
         "check": "the engine is compiled and uses CUDA graphs" if on_gpu() else "the engine is eager on a CPU",

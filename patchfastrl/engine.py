@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 
 from . import (
     adapters,
+    ahead,
     end,
     garbage,
     guards,
@@ -217,14 +218,15 @@ def build(
     compiled = not kwargs.get("enforce_eager")
     folder = ConfigFolder(model, tokenizer, compiled, (dtype, cast, merging, sorted(copied)))
     made: dict[str, Any] = {}
-    ahead = None
+    kernels: list[Callable[[], None]] = []
     if not on_cpu and args is not None and install.settings().fuses(on_gpu=True):
-        ahead = training.compile_ahead(model, args)
+        kernels.append(functools.partial(ahead.for_training, model, args))
+    if not on_cpu:
+        kernels.append(functools.partial(ahead.for_sampling, model, dtype, merging))
+    compiling = ahead.compile_ahead(kernels)
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
     def on_load(engine_model: nn.Module, config: Any) -> None:
-        if ahead is not None:
-            ahead.result()  # from here on vLLM measures memory, and what runs on the GPU
         made["model"] = engine_model
         layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
@@ -235,6 +237,7 @@ def build(
             cpu_rms_norm.install(engine_model)
         if compiled and "compilation_config" not in kwargs:  # what a caller chose stays
             cuda_pieces.use(engine_model, config)
+        compiling.result()  # from here on vLLM measures memory, and what runs on the GPU
 
     def on_profiled(worker: Any) -> int:
         memory.return_cached()

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import logging
 import types
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from . import attention, log_probs, rotary
-from .compat import trl_log_probs
+from . import attention, rotary
 from .compat.versions import installed
 from .sharing import base_of
 
@@ -38,26 +36,6 @@ def fuse(model: nn.Module) -> None:
         attention.leave_padding_out(base)
         if installed("liger-kernel") is not None:
             _use_liger(base)
-
-
-def compile_ahead(model: nn.Module, args: Any) -> Future[None]:
-    """Compile Triton's kernels in a thread, so that the first training step does not wait for that.
-
-    Args:
-        args: the trainer's, whose micro-batches the kernels are for.
-    """
-    executor = ThreadPoolExecutor(1, "patchfastrl-compile")
-    try:
-        dtype = torch.float16 if args.fp16 else torch.bfloat16
-        return executor.submit(_compile, base_of(model), args.per_device_train_batch_size, dtype)
-    finally:
-        executor.shutdown(wait=False)
-
-
-def _compile(base: Any, rows: int, dtype: torch.dtype) -> None:
-    if trl_log_probs.missing():
-        log_probs.compile_ahead(base.device, base.config.get_text_config().vocab_size)
-    rotary.compile_ahead(base, rows, dtype)
 
 
 def _use_liger(base: Any) -> None:

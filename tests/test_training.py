@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import threading
-import types
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from packaging.version import Version
 from torch.nn import functional
 
-from patchfastrl import log_probs, rotary
-from patchfastrl.compat import trl_log_probs
 from patchfastrl.structure import looked_at_once, remembered
-from patchfastrl.training import _Adapted, compile_ahead, fuse
+from patchfastrl.training import _Adapted, fuse
 
 IDS = torch.tensor([tiny.ids(12), tiny.ids(12, start=5)])
 
@@ -110,38 +105,6 @@ def test_layers_that_are_not_of_the_plainest_kind(case: str) -> None:
     assert fused_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert torch.cosine_similarity(fused_gradients[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
-
-
-@pytest.mark.parametrize("trl", ["1.10.0", "1.14.0"])
-def test_kernels_are_compiled_in_a_thread(trl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by being called; here on a CPU, where nothing is compiled. An error comes out where it is waited for."""
-    calls: list[Any] = []
-    model = tiny.adapted(tiny.model("qwen2", torch.bfloat16))
-    args = types.SimpleNamespace(per_device_train_batch_size=4, fp16=True)
-    before = log_probs._forward
-
-    def forward(logits: torch.Tensor, index: torch.Tensor) -> Any:
-        calls.append((threading.current_thread().name, logits.shape, logits.dtype))
-        return before(logits, index)
-
-    monkeypatch.setattr(log_probs, "_forward", forward)
-    monkeypatch.setattr(trl_log_probs, "installed", lambda _: Version(trl))
-    monkeypatch.setattr(rotary, "compile_ahead", lambda *given: calls.append(given))
-    assert compile_ahead(model, args).result() is None
-    *own, rotated = calls
-    assert rotated == (model.get_base_model(), 4, torch.float16)
-    assert len(own) == (trl == "1.10.0")
-    for thread, shape, dtype in own:
-        assert "patchfastrl-compile" in thread
-        assert shape[-1] % 16 == model.config.vocab_size % 16
-        assert dtype == torch.float32
-
-    def fails(*args: Any) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(rotary, "compile_ahead", fails)
-    with pytest.raises(RuntimeError, match="no compiler"):
-        compile_ahead(model, args).result()
 
 
 @pytest.mark.parametrize("where", ["base_layer", "lora_A", "lora_B"])
