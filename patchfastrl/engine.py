@@ -226,7 +226,7 @@ def build(
     compiling = ahead.compile_ahead(kernels)
     pool = cuda_weight_pool.pool if not on_cpu and (sleep_mode or cuda_weight_pool.usable()) else contextlib.nullcontext
 
-    def on_load(engine_model: nn.Module, config: Any) -> None:
+    def on_load(engine_model: nn.Module) -> None:
         made["model"] = engine_model
         layout = sharing.make_plan(engine_model, model, cast, copied)
         home = next(model.parameters()).device
@@ -235,6 +235,8 @@ def build(
         made["shared"] = sharing.Shared.of(model, engine_model, layout)
         if on_cpu:
             cpu_rms_norm.install(engine_model)
+
+    def on_loaded(engine_model: nn.Module, config: Any) -> None:
         if compiled and "compilation_config" not in kwargs:  # what a caller chose stays
             cuda_pieces.use(engine_model, config)
         compiling.result()  # from here on vLLM measures memory, and what runs on the GPU
@@ -257,7 +259,7 @@ def build(
             stack.enter_context(sampler_warmup.of_a_trainer())
             if on_cpu:
                 cpu_import_order.worker_first()
-            stack.enter_context(_loader(on_load))
+            stack.enter_context(_loader(on_load, on_loaded))
             stack.enter_context(own_memory.after_profiling(on_profiled, made))
             if on_cpu:
                 stack.enter_context(cpu_preload.not_needed())
@@ -403,11 +405,11 @@ def _in_process() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loader(on_load: Any) -> Iterator[None]:
+def _loader(on_load: Any, on_loaded: Any) -> Iterator[None]:
     """Our load format is known to vLLM while an engine is built, and no longer: it refers to the model."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 
-    register_model_loader(LOAD_FORMAT)(weightless.as_loader(on_load))
+    register_model_loader(LOAD_FORMAT)(weightless.as_loader(on_load, on_loaded))
     try:
         yield
     finally:

@@ -25,8 +25,13 @@ _LOOKS = {  # at a tensor, not into it
 }
 
 
-def as_loader(on_load: Any) -> type:
-    """A vLLM model loader class: models are built without memory, then `on_load(engine_model, vllm_config)`."""
+def as_loader(on_load: Callable[[nn.Module], None], on_loaded: Callable[[nn.Module, Any], None]) -> type:
+    """A vLLM model loader class: models are built without memory.
+
+    Args:
+        on_load: called with the engine's model in place of loading it.
+        on_loaded: called with it and vLLM's configuration when vLLM has done what it does to a loaded model.
+    """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class SharedWeightLoader(BaseModelLoader):
@@ -47,13 +52,14 @@ def as_loader(on_load: Any) -> type:
                     "while loading (multi-head latent attention), so it would not follow the trainer's. Train this "
                     "model with stock TRL (leave PatchFastRL() out)."
                 )
-            self._config = vllm_config
             with without_memory() as self._end:
-                return super().load_model(vllm_config, model_config, *args, **kwargs)
+                model = super().load_model(vllm_config, model_config, *args, **kwargs)
+            on_loaded(model, vllm_config)  # outside: torch compiles nothing that the block would look at
+            return model
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             self._end()
-            on_load(model, self._config)
+            on_load(model)
 
     return SharedWeightLoader
 

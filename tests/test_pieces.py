@@ -231,3 +231,38 @@ def test_every_compiled_engine_is_asked(engine_of: Any, monkeypatch: pytest.Monk
     assert config.compilation_config is not None
     with pytest.raises(RuntimeError, match="torch.compile"):  # is turned off in tests: vLLM does what it always does
         engine.build(tiny.model("llama"), None, **settings, compilation_config={})
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("slot", [False, True])
+def test_the_pieces_of_a_layer_are_compiled_when_the_model_is_loaded(
+    slot: bool, engine_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an engine is built, and once: vLLM's first run, of other rows, finds them."""
+    from torch._dynamo.utils import counters
+
+    from patchfastrl import engine
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    made: list[int] = []
+
+    def use(model: Any, config: Any) -> bool:
+        counters.clear()
+        cuda_pieces.compile_pieces(model, config)
+        cuda_pieces._run_once(model)
+        made.append(counters["stats"]["unique_graphs"])
+        with torch.inference_mode():
+            layer = model.model.layers[1]
+            for rows in (1, 5):
+                x, residual = torch.randn(2, rows, len(layer.input_layernorm.weight)).bfloat16()
+                layer.mlp(layer.input_layernorm(x, residual)[0])
+                model.model.layers[0].input_layernorm(x)
+        made.append(counters["stats"]["unique_graphs"])
+        raise AskedError
+
+    monkeypatch.setattr(cuda_pieces, "use", use)
+    model = tiny.model("llama", torch.bfloat16)
+    settings = {"max_model_len": 128, "max_num_seqs": 8, "enforce_eager": False}
+    with pytest.raises(AskedError):
+        engine.build(tiny.adapted(model) if slot else model, None, **settings)
+    assert made == [3, 3], "norm, norm of a sum, activation"
